@@ -1,0 +1,1 @@
+"""The auditor's side of Secure FedCoLLM: may read everything, is imported by nothing."""

@@ -1,0 +1,369 @@
+"""A site's privacy ledger: what was promised, reserved and spent, in one SQLite file per site.
+
+The rule is reserve, train, settle. A reservation is on disk before the first gradient; a crash leaves it spent. The
+cap of a data set holds over all runs: the charges of its runs are added (basic composition, which stays valid when
+later runs are chosen after seeing earlier ones; Rogers et al. 2016, section 3).
+
+What one run is charged: its committed plan, from the first reservation on. When broken attempts make it reserve more
+steps than planned, the charge rises to the epsilon of all reserved steps. These are more steps of the same mechanism,
+and the cap bounds their number beforehand, so the privacy loss distribution of the steps remains a valid bound.
+
+Entries form a hash chain. That shows an entry altered, removed from the middle or added by accident; whoever can
+rewrite the whole file can still rebuild the chain, until entries are signed and heads are kept elsewhere. No entry
+holds the number of records or anything else computed from them without noise, except the plan's nominal size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedcollm_privacy import _validate
+from fedcollm_privacy.accounting import ACCOUNTANT
+from fedcollm_privacy.errors import BudgetExceeded, LedgerError
+from fedcollm_privacy.messages import canonical_json
+from fedcollm_privacy.plan import DpPlan
+
+__all__ = ["Ledger", "Reservation", "Spent", "verify_chain"]
+
+GENESIS = "0" * 64
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Steps that are paid for; the training step runs on nothing else.
+
+    Attributes:
+        entry: digest of the ledger entry.
+        plan_digest: of the `DpPlan` whose steps these are.
+        steps: how many steps may be taken.
+    """
+
+    entry: str
+    plan_digest: str
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What a run, or all runs on a data set, have been charged so far; zeros for nothing."""
+
+    epsilon: float
+    delta: float
+    steps: int
+
+
+def entry_digest(body: dict[str, Any]) -> str:
+    """SHA-256 of an entry's canonical JSON, the previous entry's digest included."""
+    return hashlib.sha256(canonical_json(body)).hexdigest()
+
+
+def verify_chain(entries: list[dict[str, Any]]) -> list[str]:
+    """Problems in a list of exported entries, in words; empty when the chain holds.
+
+    Checks that sequence numbers have no gap, that every digest is that of its body, and that every body names the
+    digest before it. It cannot show that entries are missing at the end.
+    """
+    problems = []
+    previous = GENESIS
+    for position, entry in enumerate(entries, start=1):
+        body = {key: value for key, value in entry.items() if key != "digest"}
+        if body.get("seq") != position:
+            problems.append(f"entry {position}: sequence number is {body.get('seq')!r}")
+        if body.get("previous") != previous:
+            problems.append(f"entry {position}: does not follow the entry before it")
+        try:
+            sound = entry_digest(body) == entry.get("digest")
+        except ValueError:  # NaN has no canonical form
+            sound = False
+        if not sound:
+            problems.append(f"entry {position}: content does not match its digest")
+        previous = str(entry.get("digest"))
+    return problems
+
+
+class Ledger:
+    """The ledger of one site. Every method is one transaction, on disk when it returns.
+
+    Args:
+        path: SQLite file; made with its folder when absent, with file mode 600.
+        site: the site's public name; a ledger of another site is refused.
+
+    Raises:
+        LedgerError: the file is not a ledger, is another site's, or its chain is broken.
+    """
+
+    def __init__(self, path: Path, site: str) -> None:
+        _validate.public_name(site=site)
+        self._path, self._site = path, site
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            path.chmod(0o600)
+        except OSError as error:
+            raise LedgerError(
+                f"{path} cannot be opened or made: {error.strerror}; set privacy.ledger_dir to a folder you may write"
+            ) from error
+        with self._transaction() as db:
+            db.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL,"
+                " digest TEXT NOT NULL UNIQUE) STRICT"
+            )
+            for key, value in (("schema", str(SCHEMA_VERSION)), ("site", site), ("salt", os.urandom(32).hex())):
+                db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, value))
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+        if meta["site"] != site:
+            raise LedgerError(f"{path} is the ledger of site {meta['site']!r}, not of {site!r}")
+        if meta["schema"] != str(SCHEMA_VERSION):
+            raise LedgerError(f"{path} has schema {meta['schema']}, this program reads {SCHEMA_VERSION}; upgrade")
+        self._salt = bytes.fromhex(meta["salt"])
+        # Without the salt that named its data sets, a ledger would take every data set for a new one.
+        self._identity = hashlib.sha256(b"ledger" + self._salt).hexdigest()
+        entries = self.entries()
+        problems = verify_chain(entries)
+        if any(entry.get("ledger", self._identity) != self._identity for entry in entries):
+            problems.append("its salt is not the one its entries were made with")
+        if problems:
+            raise LedgerError(f"{path} was altered ({problems[0]}); nothing is spent on it until it is restored")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        # One writer at a time: the lock is taken before the first read, so two runs cannot both see the last budget.
+        try:
+            db = sqlite3.connect(self._path, timeout=30, isolation_level=None)
+            try:
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+                db.execute("COMMIT")
+            finally:
+                db.close()  # whatever was not committed is rolled back
+        except sqlite3.Error as error:
+            raise LedgerError(
+                f"{self._path} cannot be used as a ledger: {error}; nothing is trained. Free its disk or end the other "
+                "run that holds it; if it is damaged, restore it from a backup"
+            ) from error
+
+    @staticmethod
+    def _read(db: sqlite3.Connection) -> list[dict[str, Any]]:
+        rows = db.execute("SELECT body, digest FROM entries ORDER BY seq").fetchall()
+        try:
+            return [{**json.loads(body), "digest": digest} for body, digest in rows]
+        except (ValueError, TypeError) as error:
+            raise LedgerError("the ledger was altered: an entry is unreadable; restore it from a backup") from error
+
+    def _append(self, db: sqlite3.Connection, entries: list[dict[str, Any]], content: dict[str, Any]) -> str:
+        body = {
+            "schema": SCHEMA_VERSION,
+            "seq": len(entries) + 1,
+            "previous": entries[-1]["digest"] if entries else GENESIS,
+            "site": self._site,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            **content,
+        }
+        digest = entry_digest(body)
+        db.execute("INSERT INTO entries VALUES (?, ?, ?)", (body["seq"], canonical_json(body).decode(), digest))
+        return digest
+
+    def data_set_commitment(self, data_set: str) -> str:
+        """The name under which a data set stands in the ledger: HMAC-SHA256 under the ledger's own salt."""
+        return hmac.new(self._salt, data_set.encode(), "sha256").hexdigest()
+
+    def commit_plan(self, *, run_id: str, data_set: str, plan: DpPlan, cap_epsilon: float, cap_delta: float) -> str:
+        """Charge a run's whole plan to the data set, before anything is trained.
+
+        A run that is resumed finds its plan here already; the same plan is then accepted without a second charge.
+
+        Args:
+            run_id: the run's name; one plan a run.
+            data_set: the data set's name, as the site calls it.
+            plan: what will be run.
+            cap_epsilon: the data set's cap over all runs.
+            cap_delta: likewise.
+
+        Returns:
+            Digest of the PLAN entry.
+
+        Raises:
+            BudgetExceeded: the charge would cross the cap; nothing is written.
+            LedgerError: the run has another plan here already.
+        """
+        _validate.public_name(run_id=run_id)
+        _validate.positive(cap_epsilon=cap_epsilon, cap_delta=cap_delta)
+        name = self.data_set_commitment(data_set)
+        with self._transaction() as db:
+            entries = self._read(db)
+            for entry in entries:
+                if entry["kind"] == "PLAN" and entry["run_id"] == run_id:
+                    if entry["plan_digest"] != plan.digest or entry["data_set"] != name:
+                        raise LedgerError(f"run {run_id} has another plan in this ledger; give the run another name")
+                    return str(entry["digest"])
+            charge = plan.epsilon(plan.steps)
+            self._refuse_over_cap(entries, name, run_id, charge, plan.delta, cap_epsilon, cap_delta)
+            return self._append(
+                db,
+                entries,
+                {
+                    "kind": "PLAN",
+                    "ledger": self._identity,
+                    "run_id": run_id,
+                    "data_set": name,
+                    "plan": plan.as_dict(),
+                    "plan_digest": plan.digest,
+                    "steps": plan.steps,
+                    "epsilon": charge,
+                    "delta": plan.delta,
+                    "cap_epsilon": cap_epsilon,
+                    "cap_delta": cap_delta,
+                    "accountant": ACCOUNTANT,
+                },
+            )
+
+    def reserve(self, *, run_id: str, plan: DpPlan, server_round: int) -> Reservation:
+        """Reserve one round's steps. On disk before this returns; spent whatever happens next.
+
+        Raises:
+            BudgetExceeded: more steps than planned are needed (after broken attempts) and would cross the cap.
+            LedgerError: the run has no such plan here.
+        """
+        _validate.integer_at_least(1, server_round=server_round)
+        with self._transaction() as db:
+            entries = self._read(db)
+            planned = next((e for e in entries if e["kind"] == "PLAN" and e["run_id"] == run_id), None)
+            if planned is None or planned["plan_digest"] != plan.digest:
+                raise LedgerError(f"run {run_id} has not committed this plan; nothing is trained without one")
+            already = sum(e["steps"] for e in entries if e["kind"] == "RESERVE" and e["run_id"] == run_id)
+            steps = already + plan.steps_per_round
+            charge = plan.epsilon(max(plan.steps, steps))
+            if steps > plan.steps:
+                self._refuse_over_cap(
+                    entries,
+                    planned["data_set"],
+                    run_id,
+                    charge,
+                    plan.delta,
+                    planned["cap_epsilon"],
+                    planned["cap_delta"],
+                )
+            digest = self._append(
+                db,
+                entries,
+                {
+                    "kind": "RESERVE",
+                    "run_id": run_id,
+                    "data_set": planned["data_set"],
+                    "plan_digest": plan.digest,
+                    "server_round": server_round,
+                    "steps": plan.steps_per_round,
+                    "steps_so_far": steps,
+                    "epsilon": charge,
+                    "delta": plan.delta,
+                },
+            )
+        return Reservation(entry=digest, plan_digest=plan.digest, steps=plan.steps_per_round)
+
+    def settle(self, *, run_id: str, reservation: str, outcome: str) -> str:
+        """Close a reservation with what became of it; the budget stays spent in every case.
+
+        Args:
+            reservation: digest of the RESERVE entry.
+            outcome: ``included``, ``left_out``, ``lost`` (the round gave no sum) or ``failed`` (training broke off).
+
+        Raises:
+            LedgerError: no such open reservation.
+        """
+        _validate.one_of(("included", "left_out", "lost", "failed"), outcome=outcome)
+        with self._transaction() as db:
+            entries = self._read(db)
+            reserved = next((e for e in entries if e["kind"] == "RESERVE" and e["digest"] == reservation), None)
+            settled = any(e["kind"] == "SETTLE" and e["reservation"] == reservation for e in entries)
+            if reserved is None or reserved["run_id"] != run_id or settled:
+                raise LedgerError(f"run {run_id} has no open reservation {reservation[:12]}")
+            return self._append(
+                db,
+                entries,
+                {
+                    "kind": "SETTLE",
+                    "run_id": run_id,
+                    "data_set": reserved["data_set"],
+                    "reservation": reservation,
+                    "outcome": outcome,
+                },
+            )
+
+    @staticmethod
+    def _refuse_over_cap(
+        entries: list[dict[str, Any]],
+        data_set: str,
+        run_id: str,
+        charge: float,
+        delta: float,
+        cap_epsilon: float,
+        cap_delta: float,
+    ) -> None:
+        others = _charges([e for e in entries if e.get("run_id") != run_id], data_set)
+        epsilon_after = math.fsum([*(c.epsilon for c in others.values()), charge])
+        delta_after = math.fsum([*(c.delta for c in others.values()), delta])
+        if not (epsilon_after <= cap_epsilon and delta_after <= cap_delta):
+            raise BudgetExceeded(
+                f"run {run_id} would bring this data set to epsilon {epsilon_after:.4g}, delta {delta_after:.3g}; "
+                f"its cap is epsilon {cap_epsilon:.4g}, delta {cap_delta:.3g}. Nothing was spent. Lower "
+                "privacy.epsilon, or have the cap (privacy.cap_epsilon, privacy.cap_delta) raised by whoever owns it."
+            )
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All entries in order, each with its ``digest``."""
+        with self._transaction() as db:
+            return self._read(db)
+
+    @property
+    def head(self) -> str:
+        """Digest of the last entry; 64 zeros for an empty ledger."""
+        entries = self.entries()
+        return str(entries[-1]["digest"]) if entries else GENESIS
+
+    def spent_in_run(self, run_id: str) -> Spent:
+        """What one run has been charged."""
+        entries = [e for e in self.entries() if e.get("run_id") == run_id]
+        charges = [c for name in {e["data_set"] for e in entries} for c in _charges(entries, name).values()]
+        return _total(charges)
+
+    def spent_on(self, data_set: str) -> Spent:
+        """What all runs on a data set have been charged together."""
+        return _total(list(_charges(self.entries(), self.data_set_commitment(data_set)).values()))
+
+    def export(self, path: Path) -> None:
+        """Write all entries as JSON lines, one canonical object a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"".join(canonical_json(entry) + b"\n" for entry in self.entries()))
+
+
+def _charges(entries: list[dict[str, Any]], data_set: str) -> dict[str, Spent]:
+    """Per run, its latest charge on a data set; PLAN and RESERVE entries carry it, and it never falls."""
+    charges: dict[str, Spent] = {}
+    for entry in entries:
+        if entry["kind"] in ("PLAN", "RESERVE") and entry["data_set"] == data_set:
+            charges[entry["run_id"]] = Spent(
+                epsilon=entry["epsilon"], delta=entry["delta"], steps=entry.get("steps_so_far", 0)
+            )
+    return charges
+
+
+def _total(charges: list[Spent]) -> Spent:
+    return Spent(
+        epsilon=math.fsum(c.epsilon for c in charges),
+        delta=math.fsum(c.delta for c in charges),
+        steps=sum(c.steps for c in charges),
+    )

@@ -1,0 +1,154 @@
+"""The privacy plan of one site for one run: committed before training, and the guarantee itself.
+
+Sampler, clipping, noise and accountant all read this one object. Step counts are integers and the sampling rate is a
+rational; nothing is derived from a float.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from fedcollm_privacy import _validate, accounting
+from fedcollm_privacy.errors import InvalidValue
+from fedcollm_privacy.messages import digest_of
+
+__all__ = ["DpPlan", "calibrate", "nominal_size"]
+
+RELATION: Literal["add_or_remove_one"] = "add_or_remove_one"
+
+
+def nominal_size(units: int) -> int:
+    """The site's size as the plan may know it: the number of units, rounded to two significant digits.
+
+    The plan's sampling rate is public to whoever reads the ledger, and an exact rate would give away the exact number
+    of units. The rounded size is treated as public; the statement says so.
+    """
+    _validate.integer_at_least(1, units=units)
+    return max(1, int(float(f"{units:.1e}")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpPlan:
+    """DP-SGD at one site (Abadi et al. 2016) with Poisson sampling of units.
+
+    Per step: every unit enters with probability ``sample_rate``; the gradient of each unit (at most
+    ``max_records_per_unit`` of its records, summed) is clipped to L2 norm ``max_grad_norm``; to the sum is added
+    Gaussian noise of standard deviation ``noise_multiplier * max_grad_norm``; the result is divided by the public
+    ``expected_batch_size``.
+
+    Attributes:
+        unit: what one unit of privacy is: one record, or all records of one person.
+        neighboring_relation: data sets that differ by adding or removing one unit.
+        steps_per_round: E, steps between two uploads.
+        rounds: T.
+        delta: of the guarantee for all rounds together.
+    """
+
+    unit: Literal["record", "person"]
+    max_records_per_unit: int
+    max_grad_norm: float
+    noise_multiplier: float
+    sample_rate: Fraction
+    expected_batch_size: int
+    steps_per_round: int
+    rounds: int
+    delta: float
+    neighboring_relation: Literal["add_or_remove_one"] = RELATION
+
+    def __post_init__(self) -> None:
+        _validate.one_of(("record", "person"), unit=self.unit)
+        _validate.one_of((RELATION,), neighboring_relation=self.neighboring_relation)
+        _validate.positive(max_grad_norm=self.max_grad_norm, noise_multiplier=self.noise_multiplier)
+        counts = ("max_records_per_unit", "expected_batch_size", "steps_per_round", "rounds")
+        _validate.integer_at_least(1, **{name: getattr(self, name) for name in counts})
+        if not isinstance(self.sample_rate, Fraction) or not 0 < self.sample_rate <= 1:
+            raise InvalidValue("sample_rate", self.sample_rate, "a Fraction in (0, 1]")
+        _validate.positive(delta=self.delta)
+        _validate.in_range(0, 0.5, delta=self.delta)
+        if self.unit == "record" and self.max_records_per_unit != 1:
+            raise InvalidValue("max_records_per_unit", self.max_records_per_unit, "1 when unit is 'record'")
+
+    @property
+    def steps(self) -> int:
+        """All steps of the run, T * E."""
+        return self.rounds * self.steps_per_round
+
+    def epsilon(self, steps: int) -> float:
+        """Upper bound on epsilon at ``delta`` after ``steps`` steps of this plan."""
+        return accounting.epsilon(self.noise_multiplier, self.sample_rate, steps, self.delta)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for ledger and statement; the rate is written as "p/q"."""
+        return {
+            "unit": self.unit,
+            "neighboring_relation": self.neighboring_relation,
+            "max_records_per_unit": self.max_records_per_unit,
+            "max_grad_norm": self.max_grad_norm,
+            "noise_multiplier": self.noise_multiplier,
+            "sample_rate": f"{self.sample_rate.numerator}/{self.sample_rate.denominator}",
+            "expected_batch_size": self.expected_batch_size,
+            "steps_per_round": self.steps_per_round,
+            "rounds": self.rounds,
+            "delta": self.delta,
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all fields."""
+        return digest_of(self.as_dict())
+
+
+def calibrate(
+    *,
+    target_epsilon: float,
+    delta: float,
+    unit: Literal["record", "person"],
+    max_records_per_unit: int,
+    max_grad_norm: float,
+    expected_batch_size: int,
+    steps_per_round: int,
+    rounds: int,
+    units: int,
+) -> DpPlan:
+    """The plan with the least noise whose whole run costs at most ``target_epsilon`` at ``delta``.
+
+    Args:
+        units: number of units the site trains on; enters only as its nominal size.
+
+    Raises:
+        InvalidValue: delta is above 1e-5 or 1/(10 N) (a larger one could mean publishing records), or the expected
+            batch is larger than the site's data, or the budget cannot be met.
+    """
+    size = nominal_size(units)
+    _validate.integer_at_least(
+        1, expected_batch_size=expected_batch_size, steps_per_round=steps_per_round, rounds=rounds
+    )
+    if not delta <= min(1e-5, 1 / (10 * units)):
+        raise InvalidValue(
+            "privacy.delta",
+            delta,
+            "a number <= 1e-5, and <= 1/(10 N) for every site's number of units N; choose a smaller one",
+        )
+    if expected_batch_size > size:
+        raise InvalidValue(
+            "privacy.expected_batch_size",
+            expected_batch_size,
+            "at most the number of units of the smallest site; use a smaller batch or leave that site out",
+        )
+    sample_rate = Fraction(expected_batch_size, size)
+    sigma = accounting.calibrate_noise_multiplier(
+        target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=rounds * steps_per_round
+    )
+    return DpPlan(
+        unit=unit,
+        max_records_per_unit=max_records_per_unit,
+        max_grad_norm=max_grad_norm,
+        noise_multiplier=sigma,
+        sample_rate=sample_rate,
+        expected_batch_size=expected_batch_size,
+        steps_per_round=steps_per_round,
+        rounds=rounds,
+        delta=delta,
+    )

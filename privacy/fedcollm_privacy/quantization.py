@@ -1,0 +1,88 @@
+"""Updates on the round's integer grid, and the mean back from it.
+
+The grid lies evenly on ``[-clip, clip]`` with ``2 * levels + 1`` points, the same at every site. Clip and bits come
+from the plan, never from the data, so quantising an already private update costs no privacy (post-processing).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcollm_privacy.ckks_parameters import parameters_for
+from fedcollm_privacy.errors import FedCollmError, InvalidValue
+from fedcollm_privacy.messages import OpenedSum, PrivateUpdate, QuantizedUpdate, RoundPlan
+
+__all__ = ["clipped_fraction", "dequantize_mean", "quantize"]
+
+_BLOCK = 2**18
+"""Coordinates handled at once, so that float64 copies of a long update never exist whole."""
+
+
+def quantize(update: PrivateUpdate, plan: RoundPlan) -> QuantizedUpdate:
+    """Round each coordinate to the nearest grid point; beyond ``clip`` it saturates there.
+
+    ================  ============================
+    coordinate        grid value
+    ================  ============================
+    x in [-c, c]      nearest integer to x / step
+    x > c             levels
+    x < -c            -levels
+    NaN, inf          refused
+    ================  ============================
+
+    Args:
+        update: float32 [d], update units.
+        plan: names clip, bits, d and the adapter's spec.
+
+    Returns:
+        int64 [d] in ``[-levels, levels]``, within half a grid step of every coordinate inside the clip.
+
+    Raises:
+        InvalidValue: the update is of another adapter or length, or the sum of so many sites could overflow.
+        FedCollmError: a coordinate is NaN or infinite: the site diverged.
+    """
+    _check(update, plan)
+    parameters_for(plan.max_contributors, plan.value_bits)
+    grid = np.empty(plan.dimension, dtype=np.int64)
+    for start in range(0, plan.dimension, _BLOCK):
+        block = update.vector[start : start + _BLOCK].astype(np.float64)
+        if not np.isfinite(block).all():
+            raise FedCollmError(
+                "the update holds NaN or infinity: training diverged at this site; lower the learning rate or "
+                "max_grad_norm and run again"
+            )
+        grid[start : start + _BLOCK] = np.rint(np.clip(block, -plan.clip, plan.clip) / plan.grid_step)
+    return QuantizedUpdate(plan=plan, grid=grid)
+
+
+def clipped_fraction(update: PrivateUpdate, plan: RoundPlan) -> float:
+    """Share of coordinates beyond ``clip``, in [0, 1]; NaN counts as beyond.
+
+    >>> import numpy as np
+    >>> plan = RoundPlan(run_id="r", server_round=1, attempt=1, spec_digest="", dimension=4, clip=1.0, value_bits=8,
+    ...                  min_contributors=3, max_contributors=3, key_digest="", nonce="")
+    >>> vector = np.array([0, 1, 2, -3], dtype=np.float32)
+    >>> clipped_fraction(PrivateUpdate(vector=vector, spec_digest="", reservation="non-private"), plan)
+    0.5
+    """
+    _check(update, plan)
+    return 1.0 - float(np.count_nonzero(np.abs(update.vector) <= plan.clip)) / plan.dimension
+
+
+def dequantize_mean(opened: OpenedSum) -> NDArray[np.float32]:
+    """The mean update, float32 [d]: ``total * grid_step / cohort size``; every site weighs the same.
+
+    Raises:
+        InvalidValue: the sum names no contributor.
+    """
+    if not opened.cohort:
+        raise InvalidValue("opened.cohort", opened.cohort, "at least one contributor")
+    return (opened.total * (opened.plan.grid_step / len(opened.cohort))).astype(np.float32)
+
+
+def _check(update: PrivateUpdate, plan: RoundPlan) -> None:
+    if update.spec_digest != plan.spec_digest:
+        raise InvalidValue("update.spec_digest", update.spec_digest, f"the plan's adapter, {plan.spec_digest}")
+    if update.vector.shape != (plan.dimension,):
+        raise InvalidValue("update.vector", f"{update.vector.shape[0]} coordinates", f"{plan.dimension}, as planned")

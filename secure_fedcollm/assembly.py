@@ -1,0 +1,266 @@
+"""From a configuration to a federation in one process tree: data, models, plans, ledgers, roles."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedcollm_privacy.aggregator import Aggregator
+from fedcollm_privacy.decryptor import Decryptor
+from fedcollm_privacy.errors import ConfigError
+from fedcollm_privacy.ledger import Ledger
+from fedcollm_privacy.plan import calibrate
+from fedcollm_privacy.secure_sum import CkksSum
+from secure_fedcollm import data as federation_data
+from secure_fedcollm.config import Config
+from secure_fedcollm.data import FederationData, SiteData
+from secure_fedcollm.folder import RunFolder
+from secure_fedcollm.models import AdaptedModel, check_same_tokenizer, load, use_fitting_threads
+from secure_fedcollm.pretraining import embedded_pair
+from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.records import Record
+from secure_fedcollm.rounds import Federation, State
+from secure_fedcollm.server import Server
+from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
+from secure_fedcollm.tokenization import tokenize
+from secure_fedcollm.training import LocalTraining, records_of_units
+from secure_fedcollm.transcript import Transcript
+from secure_fedcollm.transport import InProcessTransport
+
+__all__ = ["Assembly", "assemble", "home"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """Everything a run needs.
+
+    Attributes:
+        test: the records that metrics are taken on.
+        test_source: where they come from, in words for the report.
+        ledgers: for every site of a private run, its ledger.
+        data_sets: for every site, its data set's name in the ledger.
+    """
+
+    config: Config
+    federation: Federation
+    start: State
+    slm: AdaptedModel
+    llm: AdaptedModel
+    data: FederationData
+    test: tuple[Record, ...]
+    test_source: str
+    ledgers: dict[str, Ledger]
+    data_sets: dict[str, str]
+
+
+def home() -> Path:
+    """Where ledgers of private data and the embedded models' cache live: ``$FEDCOLLM_HOME`` or ``~/.fedcollm``."""
+    return Path(os.environ.get("FEDCOLLM_HOME", Path.home() / ".fedcollm"))
+
+
+def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assembly:
+    """Load, check, tokenise and connect; commits each site's privacy plan to its ledger.
+
+    Raises:
+        FedCollmError: whatever does not fit, before anything is trained.
+    """
+    with progress.stage("load", "read and partition the data"):
+        data = federation_data.load(
+            config.data,
+            sites=config.federation.sites,
+            seed=config.seed,
+            unit="record" if config.privacy is None else config.privacy.unit,
+        )
+    if config.federation.pool:
+        data = _pooled(data)
+    _check_sites(config, data)
+    slm, llm = _models(config, folder, progress)
+    test, test_source = _test_records(config, data)
+    site_model = slm if config.federation.site_model == "slm" else llm
+    sites, ledgers, data_sets = [], {}, {}
+    with progress.stage("load", "tokenise, calibrate noise, commit plans", len(data.sites)) as step:
+        for site_data in data.sites:
+            data_sets[site_data.name] = _data_set_name(config, site_data.name)
+            site, ledger = _site(config, folder, progress, data, site_data, site_model, data_sets[site_data.name])
+            sites.append(site)
+            if ledger is not None:
+                ledgers[site.name] = ledger
+            step()
+    public_tokens = tokenize(
+        data.public_train, slm.tokenizer, max_length=config.data.max_length, append_eos=data.append_eos
+    )
+    server = Server(
+        config=config,
+        run_id=folder.run_id,
+        slm=slm,
+        llm=llm,
+        public_tokens=public_tokens,
+        sites=len(sites),
+        progress=progress,
+    )
+    federation = Federation(
+        server=server,
+        transport=InProcessTransport({site.name: site.handle for site in sites}),
+        secure_sum=CkksSum(Aggregator(), Decryptor()),
+        transcript=Transcript(folder.path / "transcript.jsonl"),
+        sites=tuple(sites),
+    )
+    alone = {} if config.federation.exchange == "secure_sum" else {s.name: site_model.read() for s in sites}
+    return Assembly(
+        config=config,
+        federation=federation,
+        start=State(slm=slm.read(), llm=llm.read(), alone=alone),
+        slm=slm,
+        llm=llm,
+        data=data,
+        test=test,
+        test_source=test_source,
+        ledgers=ledgers,
+        data_sets=data_sets,
+    )
+
+
+def _check_sites(config: Config, data: FederationData) -> None:
+    federation = config.federation
+    if federation.exchange == "secure_sum" and len(data.sites) < federation.min_contributors:
+        raise ConfigError(
+            "federation.sites",
+            len(data.sites),
+            f"at least federation.min_contributors = {federation.min_contributors} sites with data",
+        )
+
+
+def _pooled(data: FederationData) -> FederationData:
+    train = tuple(r for site in data.sites for r in site.train) + data.public_train
+    held_out = tuple(r for site in data.sites for r in site.held_out)
+    return FederationData(
+        sites=(SiteData(name="pooled", train=train, held_out=held_out),),
+        public_train=data.public_train,
+        public_test=data.public_test,
+        append_eos=data.append_eos,
+        secrets=data.secrets,
+    )
+
+
+def _models(config: Config, folder: RunFolder, progress: RunProgress) -> tuple[AdaptedModel, AdaptedModel]:
+    names = (config.model.slm, config.model.llm)
+    if names[0] is None or names[1] is None:
+        names = _embedded_models(folder, progress)
+    loaded = []
+    for name, adapter_seed in zip(names, (config.seed, config.seed + 1), strict=True):
+        with progress.stage("load", f"load {name}"):
+            loaded.append(
+                load(
+                    str(name),
+                    dtype=config.model.dtype,
+                    device=config.device,
+                    r=config.adapter.r,
+                    lora_alpha=config.adapter.lora_alpha,
+                    lora_dropout=config.adapter.lora_dropout,
+                    target_modules=config.adapter.target_modules,
+                    seed=adapter_seed,
+                )
+            )
+    slm, llm = loaded
+    check_same_tokenizer(slm, llm)
+    use_fitting_threads(slm, llm)
+    return slm, llm
+
+
+def _embedded_models(folder: RunFolder, progress: RunProgress) -> tuple[str, str]:
+    with progress.stage("pretrain", "pre-train the embedded pair on public synthetic text (first run only)") as step:
+        pair = embedded_pair(home() / "embedded", 0, lambda *_: step())
+    copies = (folder.path / "base_models" / "slm", folder.path / "base_models" / "llm")
+    for source, copy in zip(pair, copies, strict=True):
+        shutil.copytree(source, copy, dirs_exist_ok=True)
+    return str(copies[0].resolve()), str(copies[1].resolve())
+
+
+def _test_records(config: Config, data: FederationData) -> tuple[tuple[Record, ...], str]:
+    if config.data.declared == "private":
+        # A metric on private records would be a release that no budget pays for.
+        chosen, source = list(data.public_test), "public records that nothing was trained on"
+    elif data.public_test and data.public_test[0].choices:
+        chosen, source = list(data.public_test), "the published test split"
+    else:
+        chosen = [r for site in data.sites for r in site.held_out]
+        source = f"held-out records of all sites (declared {config.data.declared})"
+    random.Random(config.seed).shuffle(chosen)  # noqa: S311 - which public records are scored is no secret
+    return tuple(chosen[: config.evaluation.max_records]), source
+
+
+def _data_set_name(config: Config, site: str) -> str:
+    where = "embedded" if config.data.path is None else config.data.path
+    if config.data.path is not None and not config.data.path.startswith("hub:"):
+        where = str(Path(config.data.path).resolve())
+    return f"{where}#{site}"
+
+
+def _site(
+    config: Config,
+    folder: RunFolder,
+    progress: RunProgress,
+    data: FederationData,
+    site_data: SiteData,
+    adapted: AdaptedModel,
+    data_set: str,
+) -> tuple[Site, Ledger | None]:
+    tokens = tokenize(site_data.train, adapted.tokenizer, max_length=config.data.max_length, append_eos=data.append_eos)
+    privacy, federation = config.privacy, config.federation
+    budget: PrivateBudget | NonPrivate
+    if privacy is None or federation.rounds == 0:
+        budget = NonPrivate(
+            steps=federation.local_steps,
+            batch_size=federation.batch_size,
+            seed=_seed_of(config.seed, site_data.name),
+        )
+    else:
+        plan = calibrate(
+            target_epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            unit=privacy.unit,
+            max_records_per_unit=privacy.max_records_per_unit,
+            max_grad_norm=privacy.max_grad_norm,
+            expected_batch_size=privacy.expected_batch_size,
+            steps_per_round=federation.local_steps,
+            rounds=federation.rounds,
+            units=len(records_of_units(tokens)),
+        )
+        ledger = Ledger(_ledger_dir(config, folder) / f"{site_data.name}.sqlite", site_data.name)
+        ledger.commit_plan(
+            run_id=folder.run_id,
+            data_set=data_set,
+            plan=plan,
+            cap_epsilon=privacy.cap_epsilon,
+            cap_delta=privacy.cap_delta,
+        )
+        budget = PrivateBudget(plan=plan, ledger=ledger)
+    site = Site(
+        name=site_data.name,
+        run_id=folder.run_id,
+        adapted=adapted,
+        tokens=tokens,
+        aggregation=config.adapter.aggregation,
+        budget=budget,
+        how=LocalTraining(learning_rate=federation.learning_rate, batch_tokens=federation.batch_tokens),
+        min_contributors=federation.min_contributors,
+        progress=progress,
+    )
+    return site, budget.ledger if isinstance(budget, PrivateBudget) else None
+
+
+def _ledger_dir(config: Config, folder: RunFolder) -> Path:
+    if config.privacy is not None and config.privacy.ledger_dir is not None:
+        return Path(config.privacy.ledger_dir).expanduser()
+    if config.data.declared == "private":
+        return home() / "ledgers"
+    return folder.path / "ledgers"
+
+
+def _seed_of(seed: int, site: str) -> int:
+    return int(np.random.SeedSequence([seed, *site.encode()]).generate_state(1)[0])

@@ -1,0 +1,374 @@
+"""The configuration as frozen dataclasses, and the strict way from a mapping to them.
+
+Hydra only composes YAML (``cli.py``); nothing here knows it. ``build`` refuses unknown and missing fields,
+wrong types, NaN and values out of range, each with the field's full path. Privacy settings have no default here:
+they stand in ``configs/privacy/*.yaml`` where a reviewer reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fedcollm_privacy.errors import ConfigError
+
+__all__ = [
+    "AdapterConfig",
+    "Config",
+    "DataConfig",
+    "DistillationConfig",
+    "EvaluationConfig",
+    "FederationConfig",
+    "ModelConfig",
+    "PrivacyConfig",
+    "SecureSumConfig",
+    "build",
+]
+
+T = TypeVar("T")
+Task = Literal["text", "chat", "medquad", "commonsense_qa", "openbookqa", "arc", "embedded"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where the sites' text and the public text D_a come from.
+
+    Attributes:
+        task: which reader and prompt; ``text`` takes ``prompt_field``/``target_field``/``prompt_template``.
+        declared: what the records are. ``private`` keeps the ledger across runs and evaluates on public text only;
+            ``public`` and ``synthetic`` allow evaluation on the sites' held-out records.
+        path: JSONL/CSV file or folder, or ``hub:<dataset id>``; null is the embedded synthetic data.
+        public_path: the public set D_a in the same format; null takes ``public_fraction``, or the packaged
+            synthetic text when that is 0.
+        public_fraction: share of the records that becomes D_a; refused for private data.
+        partition: how records go to sites: by ``site_field``, ``iid``, or ``dirichlet`` over ``dirichlet_field``.
+        held_out_fraction: share of each site's units that is never trained on.
+        max_length: tokens per record; the prompt's beginning is cut first and the target is never dropped.
+    """
+
+    task: Task
+    declared: Literal["private", "public", "synthetic"]
+    path: str | None
+    public_path: str | None
+    public_fraction: float
+    split: str
+    prompt_field: str | None
+    target_field: str | None
+    prompt_template: str | None
+    site_field: str | None
+    unit_field: str | None
+    partition: Literal["column", "iid", "dirichlet"]
+    dirichlet_alpha: float
+    dirichlet_field: str | None
+    site_names: tuple[str, ...]
+    max_records_per_site: int | None
+    held_out_fraction: float
+    max_length: int
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.public_fraction < 1, "data.public_fraction", self.public_fraction, "a number in [0, 1)")
+        _check(0 < self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "in (0, 1)")
+        _check(self.dirichlet_alpha > 0, "data.dirichlet_alpha", self.dirichlet_alpha, "a number > 0")
+        _check(self.max_length >= 8, "data.max_length", self.max_length, "an integer >= 8")
+        _check(
+            self.public_fraction == 0 or self.declared != "private",
+            "data.public_fraction",
+            self.public_fraction,
+            "0 for private data: no record of a site may become public; give data.public_path, or say "
+            "data.declared=public|synthetic if the records really are",
+        )
+        _check(
+            self.partition != "column" or self.site_field is not None or self.path is None,
+            "data.site_field",
+            self.site_field,
+            "the column that names a record's site, because data.partition=column (or data.partition=iid)",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The pair: hub ids or local folders; null/null is the embedded pair."""
+
+    slm: str | None
+    llm: str | None
+    dtype: Literal["float32", "bfloat16"]
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.slm is None) == (self.llm is None),
+            "model.llm",
+            self.llm,
+            "give model.slm and model.llm together",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """LoRA; names as in peft."""
+
+    r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: tuple[str, ...] | None
+    aggregation: Literal["rebase", "freeze_a", "factor_average"]
+
+    def __post_init__(self) -> None:
+        _check(self.r >= 1, "adapter.r", self.r, "an integer >= 1")
+        _check(self.lora_alpha >= 1, "adapter.lora_alpha", self.lora_alpha, "an integer >= 1")
+        _check(0 <= self.lora_dropout < 1, "adapter.lora_dropout", self.lora_dropout, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyConfig:
+    """What each site may spend in this run, and on its data set over all runs.
+
+    Attributes:
+        epsilon: the run's budget per site; sigma is calibrated to it for all rounds together.
+        delta: the run's delta; at most 1e-5, and at most 1/(10 N) at every site.
+        max_grad_norm: C, the L2 bound on one unit's gradient.
+        expected_batch_size: expected number of units in a logical batch.
+        unit: what one unit of privacy is; ``person`` needs ``data.unit_field``.
+        max_records_per_unit: at most so many records of one person enter one step.
+        noise: ``local``: each site's own noise carries the whole guarantee.
+        cap_epsilon: the data set's cap over all runs, kept by the ledger.
+        cap_delta: likewise for delta.
+        ledger_dir: null: the run's folder for public/synthetic data, ``~/.fedcollm/ledgers`` for private data.
+    """
+
+    epsilon: float
+    delta: float
+    max_grad_norm: float
+    expected_batch_size: int
+    unit: Literal["record", "person"]
+    max_records_per_unit: int
+    noise: Literal["local"]
+    cap_epsilon: float
+    cap_delta: float
+    ledger_dir: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "max_grad_norm", "cap_epsilon"):
+            _check(getattr(self, name) > 0, f"privacy.{name}", getattr(self, name), "a number > 0")
+        for name in ("delta", "cap_delta"):
+            _check(0 < getattr(self, name) < 1, f"privacy.{name}", getattr(self, name), "a number in (0, 1)")
+        for name in ("expected_batch_size", "max_records_per_unit"):
+            _check(getattr(self, name) >= 1, f"privacy.{name}", getattr(self, name), "an integer >= 1")
+        _check(
+            self.unit == "person" or self.max_records_per_unit == 1,
+            "privacy.max_records_per_unit",
+            self.max_records_per_unit,
+            "1 when privacy.unit=record",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FederationConfig:
+    """The loop, and the switches that turn it into every baseline.
+
+    Attributes:
+        rounds: communication rounds T; 0 is zero-shot.
+        local_steps: optimizer steps per site and round.
+        sites: number of sites when records are dealt out (``partition=iid|dirichlet``).
+        min_contributors: k, the fewest uploads a sum may hold.
+        exchange: ``secure_sum``: sites send encrypted updates; ``none``: every site keeps its own adapter.
+        pool: all sites' records and D_a in one place (the centralised baselines; nothing federated about it).
+        site_model: which model the sites train.
+        learning_rate: of the sites' optimizer.
+        batch_tokens: padded tokens per physical batch; bounds memory, changes no result.
+        batch_size: records per step when no DP is on.
+    """
+
+    rounds: int
+    local_steps: int
+    sites: int
+    min_contributors: int
+    exchange: Literal["secure_sum", "none"]
+    pool: bool
+    site_model: Literal["slm", "llm"]
+    learning_rate: float
+    batch_tokens: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        _check(self.rounds >= 0, "federation.rounds", self.rounds, "an integer >= 0")
+        for name in ("local_steps", "sites", "batch_tokens", "batch_size"):
+            _check(getattr(self, name) >= 1, f"federation.{name}", getattr(self, name), "an integer >= 1")
+        _check(self.learning_rate > 0, "federation.learning_rate", self.learning_rate, "a number > 0")
+        _check(
+            self.min_contributors >= 3,
+            "federation.min_contributors",
+            self.min_contributors,
+            "an integer >= 3",
+        )
+        _check(
+            not (self.pool and self.exchange == "secure_sum"),
+            "federation.pool",
+            self.pool,
+            "false with federation.exchange=secure_sum: pooled data has one holder and nothing to sum",
+        )
+        _check(
+            self.site_model == "slm" or self.exchange == "none",
+            "federation.site_model",
+            self.site_model,
+            "slm with federation.exchange=secure_sum: only the SLM's adapter moves",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationConfig:
+    """Server-side co-tuning on D_a; ``steps=0`` switches it off, ``kd_weight=0`` leaves plain fine-tuning.
+
+    Attributes:
+        kd_weight: lambda, the weight of the KL term beside cross-entropy, on both sides.
+        direction: ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher).
+        top_k: keep the teacher's k largest probabilities and one bucket for the rest; null is the full vocabulary.
+        train_slm: whether the SLM learns on D_a.
+        train_llm: whether the LLM learns on D_a; false is the one-way method LLM -> SLM.
+    """
+
+    steps: int
+    batch_size: int
+    kd_weight: float
+    temperature: float
+    direction: Literal["forward", "reverse"]
+    top_k: int | None
+    train_slm: bool
+    train_llm: bool
+    slm_learning_rate: float
+    llm_learning_rate: float
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 0, "distillation.steps", self.steps, "an integer >= 0")
+        _check(self.batch_size >= 1, "distillation.batch_size", self.batch_size, "an integer >= 1")
+        _check(self.kd_weight >= 0, "distillation.kd_weight", self.kd_weight, "a number >= 0")
+        _check(self.top_k is None or self.top_k >= 1, "distillation.top_k", self.top_k, "null or an integer >= 1")
+        for name in ("temperature", "slm_learning_rate", "llm_learning_rate"):
+            _check(getattr(self, name) > 0, f"distillation.{name}", getattr(self, name), "a number > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecureSumConfig:
+    """How updates become integers: ``value_bits`` signed bits per parameter on a grid over [-clip, clip]."""
+
+    value_bits: int
+    clip: float | None
+
+    def __post_init__(self) -> None:
+        _check(4 <= self.value_bits <= 18, "secure_sum.value_bits", self.value_bits, "an integer in [4, 18]")
+        _check(self.clip is None or self.clip > 0, "secure_sum.clip", self.clip, "null or a number > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured: every ``every`` rounds (and before and after), on at most ``max_records`` records."""
+
+    every: int
+    max_records: int
+    generations: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("every", "max_records", "max_new_tokens"):
+            _check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "an integer >= 1")
+        _check(self.generations >= 0, "evaluation.generations", self.generations, "an integer >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run. ``seed`` fixes data split, initial adapters and server batches; never sampling or noise."""
+
+    name: str
+    method: str
+    private: bool
+    seed: int
+    output_dir: str | None
+    device: str
+    data: DataConfig
+    model: ModelConfig
+    adapter: AdapterConfig
+    privacy: PrivacyConfig | None
+    federation: FederationConfig
+    distillation: DistillationConfig
+    secure_sum: SecureSumConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        _check(
+            self.private == (self.privacy is not None),
+            "private",
+            self.private,
+            "true together with a privacy section, false without one; a non-private run is an experiment of its "
+            "own (experiment=..._non_private) and says so in every output",
+        )
+        if self.privacy is not None:
+            _check(
+                self.privacy.unit == "record" or self.data.unit_field is not None or self.data.path is None,
+                "data.unit_field",
+                self.data.unit_field,
+                "the column that names a record's person, because privacy.unit=person",
+            )
+
+
+def _check(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(field, value, allowed)
+
+
+def build(target: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
+    """Turn a plain mapping into a frozen dataclass, or refuse.
+
+    Args:
+        target: the dataclass.
+        mapping: plain containers, as from ``OmegaConf.to_container(..., resolve=True)``.
+        path: prefix of field names in errors.
+
+    Raises:
+        ConfigError: unknown or missing field, wrong type, NaN or infinity, value out of range.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(path or "config", mapping, "a mapping")
+    hints = get_type_hints(target)
+    known = [f.name for f in dataclasses.fields(target)]  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"{path}{key}",
+                mapping[key],
+                f"no such field{f'; did you mean {path}{near[0]}?' if near else ''} (fields here: {', '.join(known)})",
+            )
+    missing = [name for name in known if name not in mapping]
+    if missing:
+        raise ConfigError(f"{path}{missing[0]}", None, "a value: this field is required and was not given")
+    return target(**{name: _convert(hints[name], mapping[name], f"{path}{name}") for name in known})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, f"{path}.")  # type: ignore[arg-type]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        inner = next(a for a in args if a is not type(None))
+        return _convert(inner, value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(path, value, " | ".join(map(str, args)))
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(path, value, "a list")
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(path, value, f"a value of type {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(path, value, "a finite number")
+    return value

@@ -1,0 +1,209 @@
+"""A whole run: measure, round after round with a checkpoint each, measure again, write everything down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcollm_privacy.errors import ConfigError, FedCollmError, ModelError
+from secure_fedcollm import outputs, report
+from secure_fedcollm.assembly import Assembly, assemble
+from secure_fedcollm.config import Config
+from secure_fedcollm.evaluation import evaluate, generate_samples, rouge_l
+from secure_fedcollm.exposure import exposure
+from secure_fedcollm.folder import Checkpoint, RunFolder
+from secure_fedcollm.models import AdaptedModel
+from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.rounds import RoundOutcome, State, run_round, run_round_alone
+
+__all__ = ["run"]
+
+Float32 = NDArray[np.float32]
+Metrics = dict[str, float]
+Measured = tuple[Metrics | None, Metrics | None, dict[str, Metrics]]
+
+
+def run(config: Config, folder: RunFolder, progress: RunProgress) -> dict[str, Any]:
+    """Run what is left of the run in ``folder`` and write all its outputs.
+
+    Every round ends with a checkpoint, so a run that is killed goes on with the round that was cut; that round's budget
+    was reserved and stays spent, and it is reserved anew before it is trained again.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        FedCollmError: the run cannot start, or no round gave a sum.
+    """
+    if folder.finished:
+        raise ConfigError("resume", str(folder.path), "a run that is not finished; this one has its summary")
+    parts = assemble(config, folder, progress)
+    try:
+        state = _rounds(parts, folder, progress)
+    finally:
+        parts.federation.secure_sum.close()
+    outputs.write(parts, folder, state, _closing(parts, state, progress), progress.seconds)
+    with progress.stage("report", "write the report"):
+        report.render(folder.path)
+    return outputs.read_summary(folder)
+
+
+def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
+    config, federation = parts.config, parts.federation
+    last = folder.load_checkpoint(parts.slm.spec.digest)
+    if last is None:
+        folder.drop_metrics_after(-1)
+        before = RoundOutcome(outcome="before", state=parts.start)
+        folder.append_metrics(_row(0, 1, before, _measure(parts, parts.start, progress), parts, progress))
+        last = Checkpoint(server_round=0, state=parts.start)
+        folder.save_checkpoint(last, parts.slm.spec.digest)
+    else:
+        folder.drop_metrics_after(last.server_round)
+        progress.say(f"resumed after round {last.server_round}")
+    state = last.state
+    for server_round in range(last.server_round + 1, config.federation.rounds + 1):
+        attempt = federation.transcript.attempts(server_round) + 1
+        if config.federation.exchange == "secure_sum":
+            result = run_round(federation, state, server_round, attempt, config.secure_sum.value_bits)
+        else:
+            result = run_round_alone(federation, state, server_round)
+        measured: Measured = (None, None, {})
+        if server_round % config.evaluation.every == 0 or server_round == config.federation.rounds:
+            try:
+                measured = _measure(parts, result.state, progress)
+            except ModelError as error:  # a model diverged without a NaN in its adapter: the round is lost
+                result = replace(result, outcome="lost", state=state, reason=str(error))
+                measured = _measure(parts, state, progress)
+        state = result.state
+        row = _row(server_round, attempt, result, measured, parts, progress)
+        folder.append_metrics(row)
+        folder.save_checkpoint(Checkpoint(server_round=server_round, state=state), parts.slm.spec.digest)
+        progress.say(_line(row, result.reason))
+    rows = folder.metrics()
+    if config.federation.rounds > 0 and all(row["outcome"] in ("before", "lost") for row in rows):
+        raise FedCollmError(
+            f"all {config.federation.rounds} rounds were lost; the adapters are as they were. The lines above name the "
+            "sites and the reasons. Budget that sites reserved stays spent."
+        )
+    return state
+
+
+def _row(
+    server_round: int, attempt: int, result: RoundOutcome, measured: Measured, parts: Assembly, progress: RunProgress
+) -> dict[str, Any]:
+    slm, llm, sites = measured
+    spent = sum(progress.seconds.values())
+    return {
+        "server_round": server_round,
+        "attempt": attempt,
+        "outcome": result.outcome,
+        "cohort": list(result.cohort),
+        "left_out": dict(result.left_out),
+        "slm": slm,
+        "llm": llm,
+        "sites": sites,
+        "distillation": None if result.co_tuning is None else asdict(result.co_tuning),
+        "epsilon": {s.site: s.epsilon for s in result.settlements if s.private} or dict.fromkeys(parts.ledgers, 0.0),
+        "bytes_up": result.bytes_up,
+        "sum_norm": result.sum_norm,
+        "clipped_fraction": max((s.clipped_fraction for s in result.settlements), default=None),
+        "seconds": {"since_start": spent},
+    }
+
+
+def _line(row: Mapping[str, Any], reason: str) -> str:
+    text = f"round {row['server_round']}: {row['outcome']}"
+    for name in ("slm", "llm"):
+        if row[name]:
+            text += f" · {name.upper()} perplexity {row[name]['perplexity']:.3f}"
+    if row["epsilon"]:
+        text += f" · ε so far {max(row['epsilon'].values()):.2f}"
+    if row["left_out"]:
+        text += " · left out: " + ", ".join(f"{site} ({code})" for site, code in sorted(row["left_out"].items()))
+    return text + (f" · {reason}" if reason else "")
+
+
+def _measure(parts: Assembly, state: State, progress: RunProgress) -> Measured:
+    """Metrics of SLM and LLM on the test records; without exchange, the mean over the sites' own adapters."""
+    with progress.stage("evaluate", f"evaluate on {len(parts.test)} test records"):
+        if not state.alone:
+            return _evaluate(parts, parts.slm, state.slm), _evaluate(parts, parts.llm, state.llm), {}
+        trains_slm = parts.config.federation.site_model == "slm"
+        trained = parts.slm if trains_slm else parts.llm
+        sites = {name: _evaluate(parts, trained, adapter) for name, adapter in state.alone.items()}
+        mean = {key: float(np.mean([m[key] for m in sites.values()])) for key in next(iter(sites.values()))}
+        if trains_slm:
+            return mean, _evaluate(parts, parts.llm, state.llm), sites
+        return _evaluate(parts, parts.slm, state.slm), mean, sites
+
+
+def _evaluate(parts: Assembly, adapted: AdaptedModel, adapter: Float32) -> Metrics:
+    adapted.write(adapter)
+    return evaluate(
+        adapted.model,
+        adapted.tokenizer,
+        parts.test,
+        max_length=parts.config.data.max_length,
+        append_eos=parts.data.append_eos,
+        batch_tokens=4 * parts.config.federation.batch_tokens,
+    )
+
+
+def _closing(parts: Assembly, state: State, progress: RunProgress) -> outputs.Closing:
+    """What is looked at once, before and after: written samples and planted secrets."""
+    config = parts.config
+    count = config.evaluation.generations if not parts.test[0].choices else 0
+    rouge: dict[str, dict[str, float]] = {"slm": {}, "llm": {}}
+    samples: list[dict[str, str]] = []
+    with progress.stage("evaluate", "write samples"):
+        for name, adapted, first, final in (
+            ("slm", parts.slm, parts.start.slm, outputs.released(state, parts, "slm")),
+            ("llm", parts.llm, parts.start.llm, outputs.released(state, parts, "llm")),
+        ):
+            if count == 0:
+                continue
+            written = {}
+            for when, adapter in (("before", first), ("after", final)):
+                adapted.write(adapter)
+                written[when] = generate_samples(
+                    adapted.model,
+                    adapted.tokenizer,
+                    parts.test,
+                    count=count,
+                    max_new_tokens=config.evaluation.max_new_tokens,
+                )
+                rouge[name][when] = rouge_l(written[when])
+            samples += [
+                {"model": name, "prompt": b.prompt, "target": b.target, "before": b.text, "after": a.text}
+                for b, a in zip(written["before"], written["after"], strict=True)
+            ]
+    secrets: list[dict[str, Any]] = []
+    if parts.data.secrets:
+        with progress.stage("evaluate", "rank planted secrets"):
+            ranks = []
+            for adapter in (parts.start.slm, outputs.released(state, parts, "slm")):
+                parts.slm.write(adapter)
+                ranks.append(
+                    exposure(
+                        parts.slm.model, parts.slm.tokenizer, parts.data.secrets, max_length=config.data.max_length
+                    )
+                )
+            secrets = [
+                {
+                    "site": after.site,
+                    "prompt": after.prompt,
+                    "secret": after.secret,
+                    "repetitions": after.repetitions,
+                    "candidates": after.candidates,
+                    "rank_before": before.rank,
+                    "rank_after": after.rank,
+                    "exposure_before": before.exposure,
+                    "exposure_after": after.exposure,
+                }
+                for before, after in zip(*ranks, strict=True)
+            ]
+    return outputs.Closing(samples=samples, rouge_l=rouge, secrets=secrets)

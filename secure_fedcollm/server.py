@@ -1,0 +1,131 @@
+"""The server: plans rounds, takes the opened sum (never an update), co-tunes SLM and LLM on public text."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcollm_privacy.errors import RoundLost
+from fedcollm_privacy.messages import OpenedSum, RoundPlan
+from fedcollm_privacy.quantization import dequantize_mean
+from secure_fedcollm.config import Config
+from secure_fedcollm.distillation import CoTuningReport, co_tune
+from secure_fedcollm.models import AdaptedModel, rebase
+from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.tokenization import TokenDataset
+
+__all__ = ["CoTuned", "Server"]
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoTuned:
+    """Both adapters after a round, float32 [D]; ``slm`` is what the next round broadcasts."""
+
+    slm: Float32
+    llm: Float32
+    report: CoTuningReport | None
+
+
+class Server:
+    """Holds public text, both models, and opened sums.
+
+    Args:
+        config: of the run.
+        run_id: the run's name.
+        slm: the server's copy of the SLM.
+        llm: the LLM; it never leaves the server.
+        public_tokens: D_a.
+        sites: number of sites, the most that a sum may hold.
+        progress: where a person sees the steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run_id: str,
+        slm: AdaptedModel,
+        llm: AdaptedModel,
+        public_tokens: TokenDataset,
+        sites: int,
+        progress: RunProgress,
+    ) -> None:
+        self._config, self._run_id, self._sites, self._progress = config, run_id, sites, progress
+        self._slm, self._llm, self._public_tokens = slm, llm, public_tokens
+        self._spec = slm.shared_spec(config.adapter.aggregation)
+
+    @property
+    def clip(self) -> float:
+        """Range of one update coordinate on the grid.
+
+        Adam moves a coordinate by about the learning rate a step, so a whole round stays within steps * rate except in
+        rare, saturated coordinates. Nothing here depends on data.
+        """
+        federation = self._config.federation
+        return self._config.secure_sum.clip or federation.learning_rate * federation.local_steps
+
+    def plan_round(self, server_round: int, attempt: int, key_digest: str) -> RoundPlan:
+        """What all parties of the round agree on, with a fresh nonce."""
+        return RoundPlan(
+            run_id=self._run_id,
+            server_round=server_round,
+            attempt=attempt,
+            spec_digest=self._spec.digest,
+            dimension=self._spec.dimension,
+            clip=self.clip,
+            value_bits=self._config.secure_sum.value_bits,
+            min_contributors=self._config.federation.min_contributors,
+            max_contributors=max(self._sites, self._config.federation.min_contributors),
+            key_digest=key_digest,
+            nonce=os.urandom(16).hex(),
+        )
+
+    def apply(self, adapter: Float32, opened: OpenedSum) -> Float32:
+        """Add the mean update to the broadcast adapter, float32 [D].
+
+        Raises:
+            RoundLost: the sum is not of this adapter, or the result is not finite.
+        """
+        if opened.plan.spec_digest != self._spec.digest or opened.total.shape != (self._spec.dimension,):
+            raise RoundLost("the opened sum is of another adapter")
+        self._slm.write(adapter)
+        self._slm.write(self._slm.read(self._spec) + dequantize_mean(opened), self._spec)
+        return self._slm.read()
+
+    def co_tune(self, slm: Float32, llm: Float32, server_round: int) -> CoTuned:
+        """Mutual distillation on D_a, then re-basing; with ``distillation.steps=0`` only the re-basing.
+
+        Raises:
+            RoundLost: a model diverged (NaN or infinity); the adapters are as before.
+        """
+        config = self._config
+        self._slm.write(slm)
+        self._llm.write(llm)
+        report = None
+        if config.distillation.steps > 0:
+            with self._progress.stage(
+                "distil", f"server: round {server_round}, co-tuning SLM and LLM", config.distillation.steps
+            ) as step:
+                report = co_tune(
+                    slm=self._slm,
+                    llm=self._llm,
+                    tokens=self._public_tokens,
+                    config=config.distillation,
+                    train_slm_a=config.adapter.aggregation != "freeze_a",
+                    seed=config.seed + 7_919 * server_round,
+                    on_step=step,
+                )
+        # No SVD takes NaN.
+        if config.adapter.aggregation == "rebase" and np.isfinite(self._slm.read()).all():
+            rebase(self._slm)
+        tuned = CoTuned(slm=self._slm.read(), llm=self._llm.read(), report=report)
+        if not (np.isfinite(tuned.slm).all() and np.isfinite(tuned.llm).all()):
+            raise RoundLost(
+                "co-tuning diverged (NaN or infinity); lower distillation.slm_learning_rate or llm_learning_rate"
+            )
+        return tuned

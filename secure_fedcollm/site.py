@@ -1,0 +1,208 @@
+"""A site: its records never leave this object; what leaves is an encrypted, differentially private update."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcollm_privacy.ckks import PublicContext, seal
+from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError, ProtocolError, SiteFailed
+from fedcollm_privacy.ledger import Ledger
+from fedcollm_privacy.messages import PrivateUpdate, Receipt, SealedUpdate, Settlement, TrainRequest
+from fedcollm_privacy.plan import DpPlan
+from fedcollm_privacy.quantization import clipped_fraction, quantize
+from fedcollm_privacy.wire import decode, encode
+from secure_fedcollm.models import AdaptedModel, Aggregation
+from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.tokenization import TokenDataset
+from secure_fedcollm.training import LocalTraining, train_non_private, train_private
+
+__all__ = ["NonPrivate", "PrivateBudget", "Site"]
+
+_LOG = logging.getLogger("fedcollm")
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivateBudget:
+    """Under which plan a site trains, and the ledger that pays for it."""
+
+    plan: DpPlan
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NonPrivate:
+    """A site of a declared non-private experiment: no clipping, no noise, no ledger."""
+
+    steps: int
+    batch_size: int
+    seed: int
+
+
+class Site:
+    """One data holder.
+
+    Args:
+        name: public name.
+        run_id: the run it takes part in; requests of another run are refused.
+        adapted: the model it trains (in one process, sites share the frozen base).
+        tokens: its training records.
+        aggregation: which tensors it trains and sends.
+        budget: privacy plan and ledger, or the declaration that there is none.
+        how: learning rate and physical batches.
+        min_contributors: the site's own floor; a round plan with a lower one is refused.
+        progress: where a person sees the steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        run_id: str,
+        adapted: AdaptedModel,
+        tokens: TokenDataset,
+        aggregation: Aggregation,
+        budget: PrivateBudget | NonPrivate,
+        how: LocalTraining,
+        min_contributors: int,
+        progress: RunProgress,
+    ) -> None:
+        self.name = name
+        self._run_id, self._adapted, self._tokens, self._how = run_id, adapted, tokens, how
+        self._spec = adapted.shared_spec(aggregation)
+        self._budget, self._min_contributors, self._progress = budget, min_contributors, progress
+        self._open: str | None = None
+        self._finished = True  # whether what the open reservation paid for was made
+        self._clipped_fraction = 0.0
+        self._seen: set[str] = set()
+
+    def handle(self, operation: str, body: bytes) -> bytes:
+        """Answer one request from the server.
+
+        Raises:
+            SiteFailed: with a code and no detail; the detail stays in the site's own log.
+        """
+        try:
+            if operation == "train":
+                return encode(self.train(decode(body, TrainRequest)))
+            if operation == "settle":
+                return encode(self.settle(decode(body, Receipt)))
+            raise ProtocolError(f"unknown operation {operation!r}")
+        except (BudgetExceeded, LedgerError, ProtocolError, InvalidValue) as error:
+            _LOG.error("site %s declines: %s", self.name, error)
+            raise SiteFailed(self.name, "declined") from error
+        except FedCollmError as error:
+            _LOG.error("site %s: %s", self.name, error)
+            raise SiteFailed(self.name, "diverged" if "diverged" in str(error) else "failed") from error
+        except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
+            _LOG.exception("site %s", self.name)
+            raise SiteFailed(self.name, "failed") from error
+
+    def train(self, request: TrainRequest) -> SealedUpdate:
+        """Reserve, train from the broadcast, quantise, encrypt.
+
+        Raises:
+            ProtocolError: the plan is of another run or adapter, replayed, or weaker than this site allows.
+            BudgetExceeded: the ledger refuses; no gradient was computed.
+            FedCollmError: training diverged; the reservation stays spent.
+        """
+        plan = request.plan
+        adapter = (self._spec.digest, self._spec.dimension)
+        if plan.run_id != self._run_id or (plan.spec_digest, plan.dimension) != adapter:
+            raise ProtocolError("the round plan is for another run or another adapter")
+        if plan.min_contributors < self._min_contributors:
+            raise ProtocolError(f"the round plan allows sums of fewer than {self._min_contributors} sites")
+        if plan.digest in self._seen:
+            raise ProtocolError("this round plan was answered before")
+        context = PublicContext.from_bytes(request.public_key)
+        if context.digest != plan.key_digest:
+            raise ProtocolError("the encryption key is not the one in the round plan")
+        # Before anything is spent: a plan under which the update could not be sealed afterwards.
+        context.parameters.prove(plan.max_contributors, plan.value_bits)
+        self._seen.add(plan.digest)
+        self._adapted.write(request.adapter)
+        update = self._train(plan.server_round)
+        self._clipped_fraction = clipped_fraction(update, plan)
+        with self._progress.stage("encrypt", f"{self.name}: encrypt {update.vector.size:,} parameters"):
+            sealed = seal(quantize(update, plan), context, self.name)
+        self._finished = True
+        return sealed
+
+    def _train(self, server_round: int) -> PrivateUpdate:
+        steps = self._budget.steps if isinstance(self._budget, NonPrivate) else self._budget.plan.steps_per_round
+        with self._progress.stage("train", f"{self.name}: round {server_round}, training", steps) as step:
+            if isinstance(self._budget, NonPrivate):
+                return train_non_private(
+                    adapted=self._adapted,
+                    spec=self._spec,
+                    tokens=self._tokens,
+                    steps=steps,
+                    batch_size=self._budget.batch_size,
+                    seed=self._budget.seed + 1_000_003 * server_round,
+                    how=self._how,
+                    on_step=step,
+                )
+            reservation = self._budget.ledger.reserve(
+                run_id=self._run_id, plan=self._budget.plan, server_round=server_round
+            )
+            self._open, self._finished, self._clipped_fraction = reservation.entry, False, 0.0
+            return train_private(
+                adapted=self._adapted,
+                spec=self._spec,
+                tokens=self._tokens,
+                plan=self._budget.plan,
+                reservation=reservation,
+                how=self._how,
+                on_step=step,
+            )
+
+    def train_alone(self, adapter: Float32, server_round: int) -> Float32:
+        """One round without exchange (the standalone and centralised baselines): the site keeps its adapter.
+
+        Args:
+            adapter: where this site stood after its last round, float32 [D].
+
+        Returns:
+            Where it stands now, float32 [D].
+        """
+        self._adapted.write(adapter)
+        self._train(server_round)
+        self._finished = True
+        self.settle(Receipt(plan_digest="", server_round=server_round, outcome="left_out"))
+        return self._adapted.read()
+
+    def settle(self, receipt: Receipt) -> Settlement:
+        """Close the round's reservation and tell what the ledger says was spent in this run."""
+        if isinstance(self._budget, NonPrivate):
+            return Settlement(
+                site=self.name,
+                private=False,
+                epsilon=-1.0,
+                charged=-1.0,
+                delta=0.0,
+                unit="none",
+                steps=0,
+                clipped_fraction=self._clipped_fraction,
+                ledger_head="",
+            )
+        ledger = self._budget.ledger
+        if self._open is not None:
+            outcome = receipt.outcome if self._finished else "failed"
+            ledger.settle(run_id=self._run_id, reservation=self._open, outcome=outcome)
+            self._open = None
+        spent = ledger.spent_in_run(self._run_id)
+        return Settlement(
+            site=self.name,
+            private=True,
+            epsilon=self._budget.plan.epsilon(spent.steps),
+            charged=spent.epsilon,
+            delta=spent.delta,
+            unit=self._budget.plan.unit,
+            steps=spent.steps,
+            clipped_fraction=self._clipped_fraction,
+            ledger_head=ledger.head,
+        )

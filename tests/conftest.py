@@ -1,0 +1,181 @@
+"""Where the real data sets and checkpoints lie (beside the project, in ``../shared``), and tiny ones made here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from secure_fedcollm.models import AdaptedModel
+    from secure_fedcollm.tokenization import TokenDataset
+
+# Tiny models lose time to threads, most of all when tests run side by side. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The same examples on every machine, and no verdict by the clock. `HYPOTHESIS_PROFILE=search` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+SHARED = Path(os.environ.get("FEDCOLLM_SHARED", Path(__file__).parents[2] / "shared"))
+ARCHITECTURES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+POSITIONS = 64
+QUESTIONS = (
+    ("What helps?", " Rest."),
+    ("", "The fever of the patient is better in the morning."),
+    ("How long is the fever?", " A day."),
+    ("Is the patient better now, and may the patient go out?", " No."),
+    ("Q: is rest the cure?\nA:", " It is, in the end."),
+    ("When?", " In the morning, and then again in the evening."),
+    ("Who rests?", " The patient."),
+    ("Name a sign of it:", " fever"),
+)
+
+
+def _find(kind: str, name: str) -> Path:
+    path = SHARED / kind / name
+    if not path.exists():
+        pytest.skip(f"{kind}/{name} is not beside the project (set FEDCOLLM_SHARED to its parent folder)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Path of a real data set, or skip."""
+    return lambda name: _find("data", name)
+
+
+@pytest.fixture(scope="session")
+def shared_model() -> Callable[[str], Path]:
+    """Path of a small real checkpoint, or skip."""
+    return lambda name: _find("models", name)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Every supported architecture in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few dozen merges, so that one word may be several tokens; 300 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the patient rests and the fever of the patient is better in the morning"] * 4, trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def _tiny_config(architecture: str, tokenizer: PreTrainedTokenizerFast, width: int, changes: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    # Weights ten times the usual size, so that a wrong position or a leaking pad changes the result.
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_size": width,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.3,
+    }
+    if architecture == "gpt2":
+        fields |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    if architecture == "opt":
+        fields |= {"ffn_dim": 48, "word_embed_proj_dim": width, "dropout": 0.0, "init_std": 0.3}
+    if architecture in ("llama", "mistral", "qwen2", "qwen3"):
+        fields |= {"num_key_value_heads": 2}
+    if architecture == "qwen3":
+        fields |= {"head_dim": 8}
+    return AutoConfig.for_model(architecture, **(fields | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
+    """``tiny_checkpoint(architecture, width=32, **config)``: a folder with random weights and the tiny tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str, *, width: int = 32, **changes: Any) -> Path:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        key = f"{architecture}-{width}-{sorted(changes.items())}"
+        if key not in made:
+            path = tmp_path_factory.mktemp("checkpoint") / architecture
+            with torch.random.fork_rng():
+                torch.manual_seed(width)
+                model = AutoModelForCausalLM.from_config(_tiny_config(architecture, tiny_tokenizer, width, changes))
+                for name, parameter in model.named_parameters():
+                    if name.endswith("bias"):
+                        torch.nn.init.normal_(parameter, std=0.1)
+            model.save_pretrained(path)
+            tiny_tokenizer.save_pretrained(path)
+            made[key] = path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tiny_checkpoint: Callable[..., Path]) -> Callable[..., AdaptedModel]:
+    """``load_tiny(architecture, width=32, trained=False, r=4, ..., **config)``: such a checkpoint with its adapter.
+
+    Fresh at every call. With ``trained``, B is random instead of 0, as after some rounds.
+    """
+
+    def load(architecture: str, *, width: int = 32, trained: bool = False, **options: Any) -> AdaptedModel:
+        import numpy as np
+
+        from secure_fedcollm import models
+
+        ours = {
+            "dtype": "float32",
+            "device": "cpu",
+            "r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": 0.0,
+            "target_modules": None,
+            "seed": 0,
+        }
+        config = {key: options.pop(key) for key in list(options) if key not in ours}
+        adapted = models.load(str(tiny_checkpoint(architecture, width=width, **config)), **(ours | options))
+        if trained:
+            spec = adapted.shared_spec("rebase")
+            adapted.write(0.3 * np.random.default_rng(width).standard_normal(spec.dimension).astype("float32"), spec)
+        return adapted
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> TokenDataset:
+    """Eight questions and answers of different lengths, each of its own unit."""
+    from secure_fedcollm.records import Record
+    from secure_fedcollm.tokenization import tokenize
+
+    records = [Record(prompt=p, target=t, site=None, unit=str(i)) for i, (p, t) in enumerate(QUESTIONS)]
+    return tokenize(records, tiny_tokenizer, max_length=POSITIONS, append_eos=True)

@@ -1,0 +1,109 @@
+"""A run that is killed goes on: same files at the end, every training on budget that was reserved for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedcollm_privacy.ledger import Ledger, verify_chain
+
+from .test_run import SMALL, write_notes
+
+ROUNDS = 3
+
+
+def fedcollm(arguments: list[str], home: Path) -> subprocess.Popen[bytes]:
+    code = "from secure_fedcollm.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "FEDCOLLM_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def settled_rounds(ledger: Path) -> int:
+    return sum(e["kind"] == "SETTLE" for e in Ledger(ledger, ledger.stem).entries()) if ledger.exists() else 0
+
+
+@pytest.mark.parametrize("moment", ["while a site trains", "after the round was settled"])
+def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], moment: str
+) -> None:
+    notes = write_notes(tmp_path / "notes.jsonl", 3, 40)
+    out, home = tmp_path / "out", tmp_path / "home"
+    arguments = [
+        "run",
+        f"data.path={notes}",
+        "data.partition=column",
+        "data.site_field=site",
+        f"model.slm={tiny_checkpoint('llama')}",
+        f"model.llm={tiny_checkpoint('llama', width=64)}",
+        f"output_dir={out}",
+        *SMALL,
+        "distillation.steps=2",
+        f"federation.rounds={ROUNDS}",
+    ]
+    process = fedcollm(arguments, home)
+    ledger = home / "ledgers" / "s01.sqlite"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        entries = Ledger(ledger, "s01").entries() if ledger.exists() else []
+        last = entries[-1] if entries else {"kind": ""}
+        if moment == "while a site trains" and last["kind"] == "RESERVE" and last["server_round"] == 2:
+            break
+        if moment == "after the round was settled" and last["kind"] == "SETTLE" and len(entries) >= 3:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (out / "summary.json").exists()
+
+    resumed = fedcollm(["run", f"resume={out}"], home)
+    text = resumed.communicate(timeout=120)[0].decode()
+    assert resumed.returncode == 0, text
+    for name in ("summary.json", "statement.json", "report.html", "slm_adapter", "llm_adapter", "transcript.jsonl"):
+        assert (out / name).exists(), name
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["server_round"] for row in rows] == list(range(ROUNDS + 1))
+    entries = Ledger(ledger, "s01").entries()
+    assert verify_chain(entries) == []
+    assert sum(e["kind"] == "PLAN" for e in entries) == 1
+    plans = [
+        json.loads(x) for x in (out / "transcript.jsonl").read_text().splitlines() if json.loads(x)["event"] == "plan"
+    ]
+    reserved = [e for e in entries if e["kind"] == "RESERVE"]
+    uploads = [
+        json.loads(x)
+        for x in (out / "transcript.jsonl").read_text().splitlines()
+        if json.loads(x)["event"] == "upload" and json.loads(x)["site"] == "s01"
+    ]
+    assert len(reserved) >= len(uploads)  # never an upload that was not paid for
+    assert len(plans) >= ROUNDS
+    steps = json.loads((out / "summary.json").read_text())["sites"]["s01"]["steps"]
+    assert steps == sum(e["steps"] for e in reserved)
+    if moment == "while a site trains":
+        assert len(reserved) == ROUNDS + 1  # the cut attempt stays spent, and was reserved anew
+        assert entries[-1]["epsilon"] if entries[-1]["kind"] == "RESERVE" else True
+
+    again = fedcollm(["run", f"resume={out}"], home)
+    message = again.communicate(timeout=60)[0].decode()
+    assert again.returncode == 2
+    assert "finished" in message
+
+
+def test_resuming_what_is_no_run_says_so(tmp_path: Path) -> None:
+    process = fedcollm(["run", f"resume={tmp_path}"], tmp_path)
+    message = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 2
+    assert "resume" in message
+    assert "Traceback" not in message

@@ -1,0 +1,418 @@
+"""A site: what it refuses before anything is spent, what it spends, and that exactly its private update is uploaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedcollm_privacy.aggregator import Aggregator
+from fedcollm_privacy.ckks import PublicContext
+from fedcollm_privacy.decryptor import Decryptor
+from fedcollm_privacy.errors import FedCollmError, ModelError, SiteFailed
+from fedcollm_privacy.ledger import Ledger
+from fedcollm_privacy.messages import PrivateUpdate, Receipt, RoundPlan, SealedUpdate, Settlement, TrainRequest
+from fedcollm_privacy.plan import DpPlan
+from fedcollm_privacy.quantization import quantize
+from fedcollm_privacy.secure_sum import CkksSum
+from fedcollm_privacy.wire import decode, encode
+from secure_fedcollm.models import AdaptedModel
+from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
+from secure_fedcollm.tokenization import TokenDataset
+from secure_fedcollm.training import LocalTraining
+
+DP_PLAN = DpPlan(
+    unit="record",
+    max_records_per_unit=1,
+    max_grad_norm=1.0,
+    noise_multiplier=1.5,
+    sample_rate=Fraction(7, 8),
+    expected_batch_size=4,
+    steps_per_round=2,
+    rounds=2,
+    delta=1e-3,
+)
+
+
+@pytest.fixture(scope="module")
+def secure_sum() -> Iterator[CkksSum]:
+    opened = CkksSum(Aggregator(time_limit_s=60), Decryptor())
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def adapted(load_tiny: Callable[..., AdaptedModel]) -> AdaptedModel:
+    return load_tiny("llama", width=16, trained=True)
+
+
+@pytest.fixture
+def forwards(adapted: AdaptedModel) -> list[int]:
+    """Grows by one at every forward pass of the model."""
+    calls: list[int] = []
+    adapted.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.fixture
+def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Callable[..., Site]:
+    def site(name: str = "north", *, cap: float = 1e3, learning_rate: float = 1e-2, **changes: Any) -> Site:
+        ledger = Ledger(tmp_path / f"{name}.sqlite", name)
+        ledger.commit_plan(run_id="run", data_set="notes", plan=DP_PLAN, cap_epsilon=cap, cap_delta=0.1)
+        fields: dict[str, Any] = {
+            "run_id": "run",
+            "adapted": adapted,
+            "tokens": tiny_tokens,
+            "aggregation": "rebase",
+            "budget": PrivateBudget(plan=DP_PLAN, ledger=ledger),
+            "how": LocalTraining(learning_rate=learning_rate, batch_tokens=64),
+            "min_contributors": 3,
+            "progress": RunProgress(quiet=True),
+        }
+        return Site(name=name, **(fields | changes))
+
+    return site
+
+
+def ledger_of(folder: Path, name: str = "north") -> Ledger:
+    return Ledger(folder / f"{name}.sqlite", name)
+
+
+def kinds(folder: Path, name: str = "north") -> list[str]:
+    return [entry["kind"] for entry in ledger_of(folder, name).entries()]
+
+
+def round_plan(adapted: AdaptedModel, context: PublicContext, **changes: Any) -> RoundPlan:
+    spec = adapted.shared_spec("rebase")
+    fields: dict[str, Any] = {
+        "run_id": "run",
+        "server_round": 1,
+        "attempt": 1,
+        "spec_digest": spec.digest,
+        "dimension": spec.dimension,
+        "clip": 0.05,
+        "value_bits": 13,
+        "min_contributors": 3,
+        "max_contributors": 3,
+        "key_digest": context.digest,
+        "nonce": "00",
+    }
+    return RoundPlan(**(fields | changes))
+
+
+def request(
+    adapted: AdaptedModel, context: PublicContext, adapter: np.ndarray[Any, Any] | None = None, **changes: Any
+) -> bytes:
+    plan = round_plan(adapted, context, **changes)
+    broadcast = adapted.read() if adapter is None else adapter
+    return encode(TrainRequest(plan=plan, adapter=broadcast, public_key=context.to_bytes()))
+
+
+def receipt(outcome: str) -> bytes:
+    return encode(Receipt(plan_digest="0" * 64, server_round=1, outcome=outcome))
+
+
+def refused(site: Site, body: bytes, operation: str = "train") -> SiteFailed:
+    with pytest.raises(SiteFailed) as failure:
+        site.handle(operation, body)
+    return failure.value
+
+
+# ---------------------------------------------------------------- refusals before anything is spent
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run_id": "another-run"},
+        {"spec_digest": "0" * 64},
+        {"dimension": 7},
+        {"min_contributors": 3, "max_contributors": 5000},
+        {"value_bits": 18, "max_contributors": 100},
+        {"key_digest": "0" * 64},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_plan_that_is_foreign_or_cannot_be_sealed_costs_nothing(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    tmp_path: Path,
+    forwards: list[int],
+    changes: dict[str, Any],
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    assert refused(make(), request(adapted, context, **changes)).code == "declined"
+    assert kinds(tmp_path) == ["PLAN"]
+    assert not forwards
+
+
+def test_the_sites_own_floor_of_contributors_holds(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    context = secure_sum.begin(contributors=8, value_bits=13)
+    site = make(min_contributors=5)
+    weak = request(adapted, context, min_contributors=4, max_contributors=8)
+    assert refused(site, weak).code == "declined"
+    assert kinds(tmp_path) == ["PLAN"]
+    site.handle("train", request(adapted, context, min_contributors=5, max_contributors=8))
+    assert kinds(tmp_path) == ["PLAN", "RESERVE"]
+
+
+def test_a_replayed_plan_is_not_answered_twice(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    site, body = make(), request(adapted, context)
+    site.handle("train", body)
+    assert refused(site, body).code == "declined"
+    assert kinds(tmp_path) == ["PLAN", "RESERVE"]
+    # The same round under a fresh nonce is another attempt, and is paid for again.
+    site.handle("train", request(adapted, context, attempt=2, nonce="01"))
+    assert kinds(tmp_path) == ["PLAN", "RESERVE", "RESERVE"]
+
+
+@pytest.mark.parametrize("operation", ["evaluate", "", "__init__", "train_alone"])
+def test_a_site_answers_two_operations_only(make: Callable[..., Site], operation: str) -> None:
+    assert refused(make(), b"", operation).code == "declined"
+
+
+def test_malformed_requests_cost_nothing(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    sound = request(adapted, context)
+    no_key = encode(TrainRequest(plan=round_plan(adapted, context), adapter=adapted.read(), public_key=b"\xff" * 99))
+    site = make()
+    for body in (b"", b"\x00" * 400, sound[:-1], sound[:100] + b"\x01" + sound[101:], receipt("lost"), no_key):
+        assert refused(site, body).code == "declined"
+    assert refused(site, sound, "settle").code == "declined"
+    assert kinds(tmp_path) == ["PLAN"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broadcast_that_is_not_finite_costs_nothing(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    tmp_path: Path,
+    forwards: list[int],
+    value: float,
+) -> None:
+    broadcast = adapted.read()
+    broadcast[3] = value
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    assert refused(make(), request(adapted, context, broadcast)).code == "failed"
+    assert kinds(tmp_path) == ["PLAN"]
+    assert not forwards
+
+
+def test_a_spent_budget_declines_before_any_gradient(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path, forwards: list[int]
+) -> None:
+    site = make(cap=DP_PLAN.epsilon(4))
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    for number in (1, 2):
+        site.handle("train", request(adapted, context, server_round=number))
+    assert forwards, "the counter must count"
+    forwards.clear()
+    before = ledger_of(tmp_path).entries()
+    failure = refused(site, request(adapted, context, server_round=3))
+    assert failure.code == "declined"
+    assert not forwards
+    assert ledger_of(tmp_path).entries() == before
+
+
+# ---------------------------------------------------------------- a round
+
+
+def test_a_reservation_is_on_disk_before_the_first_gradient(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    seen: list[list[str]] = []
+    adapted.model.register_forward_pre_hook(lambda *_: seen.append(kinds(tmp_path)))
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    make().handle("train", request(adapted, context))
+    assert seen
+    assert all(entries == ["PLAN", "RESERVE"] for entries in seen)
+
+
+def test_the_sum_of_three_uploads_is_that_of_their_quantised_updates(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    updates: list[PrivateUpdate] = []
+
+    def noting(update: PrivateUpdate, plan: RoundPlan) -> Any:
+        updates.append(update)
+        return quantize(update, plan)
+
+    monkeypatch.setattr("secure_fedcollm.site.quantize", noting)
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    spec = adapted.shared_spec("rebase")
+    broadcast, plan = adapted.read(), round_plan(adapted, context)
+    start = adapted.read(spec)
+    body = request(adapted, context)
+    uploads = []
+    for name in ("north", "south", "west"):
+        sealed = decode(make(name).handle("train", body), SealedUpdate)
+        assert (sealed.site, sealed.plan_digest) == (name, plan.digest)
+        uploads.append(sealed)
+        # What was sealed is what training changed in this model, and the frozen factor A is as broadcast.
+        assert (updates[-1].vector == adapted.read(spec) - start).all()
+        assert updates[-1].reservation == ledger_of(tmp_path, name).entries()[-1]["digest"]
+    grids = [
+        np.rint(np.clip(u.vector.astype(np.float64), -plan.clip, plan.clip) / plan.clip * 4095).astype(np.int64)
+        for u in updates
+    ]
+    opened = secure_sum.open(plan, uploads)
+    assert opened.cohort == ("north", "south", "west")
+    assert (opened.total == np.sum(grids, axis=0)).all()
+    assert opened.total.any()
+    # Each site started from the broadcast, not from what the site before it left in the shared model.
+    assert max(float(np.abs(u.vector).max()) for u in updates) < 2 * 2 * 1e-2
+    adapted.write(broadcast)
+    assert (adapted.read(spec) == start).all()
+    # Nobody drew the noise that another one drew.
+    assert (updates[0].vector == updates[1].vector).mean() < 0.1
+
+
+def test_a_round_with_the_same_data_never_repeats_its_update(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = []
+
+    def noting(update: PrivateUpdate, plan: RoundPlan) -> Any:
+        vectors.append(update.vector)
+        return quantize(update, plan)
+
+    monkeypatch.setattr("secure_fedcollm.site.quantize", noting)
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    broadcast, site = adapted.read(), make()
+    for attempt in (1, 2):
+        torch.manual_seed(0)
+        site.handle("train", request(adapted, context, broadcast, attempt=attempt, nonce=str(attempt)))
+    assert (vectors[0] == vectors[1]).mean() < 0.1
+
+
+def test_settling_closes_the_reservation_once_and_reports_the_ledger(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    site = make()
+    site.handle("train", request(adapted, context))
+    told = decode(site.handle("settle", receipt("included")), Settlement)
+    entries = ledger_of(tmp_path).entries()
+    assert [entry["kind"] for entry in entries] == ["PLAN", "RESERVE", "SETTLE"]
+    assert (entries[-1]["reservation"], entries[-1]["outcome"]) == (entries[1]["digest"], "included")
+    expected = Settlement(
+        site="north",
+        private=True,
+        epsilon=DP_PLAN.epsilon(2),
+        charged=DP_PLAN.epsilon(4),
+        delta=1e-3,
+        unit="record",
+        steps=2,
+        clipped_fraction=told.clipped_fraction,
+        ledger_head=entries[-1]["digest"],
+    )
+    assert told == expected
+    assert 0 <= told.clipped_fraction < 1
+    assert decode(site.handle("settle", receipt("lost")), Settlement) == expected
+    assert ledger_of(tmp_path).entries() == entries
+
+
+def test_a_diverged_site_says_so_and_its_reservation_stays_spent(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    before = adapted.read()
+    # A learning rate that carries coordinates beyond float32 (their gradients are noise only: NaN counts as zero).
+    edge = np.full_like(before, 3.3e38)
+    site = make(learning_rate=3e37)
+    failure = refused(site, request(adapted, context, edge))
+    assert failure.code == "diverged"
+    assert str(failure) == "site north: diverged"
+    assert ledger_of(tmp_path).spent_in_run("run").steps == 2
+    told = decode(site.handle("settle", receipt("left_out")), Settlement)
+    assert (told.steps, told.epsilon, told.charged) == (2, DP_PLAN.epsilon(2), DP_PLAN.epsilon(4))
+    assert kinds(tmp_path) == ["PLAN", "RESERVE", "SETTLE"]
+    assert ledger_of(tmp_path).entries()[-1]["outcome"] == "failed"
+    # The next broadcast repairs the shared model.
+    make("south").handle("train", request(adapted, context, before))
+
+
+@pytest.mark.parametrize("error", [FedCollmError, ModelError])
+def test_only_a_code_leaves_the_site_and_the_detail_stays_in_its_log(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[FedCollmError],
+) -> None:
+    def failing(**_: Any) -> None:
+        raise error("patient Mary Long, door code 4711")
+
+    monkeypatch.setattr("secure_fedcollm.site.train_private", failing)
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    with caplog.at_level(logging.ERROR, logger="fedcollm"):
+        failure = refused(make(), request(adapted, context))
+    assert str(failure) == "site north: failed"
+    assert failure.args == ("site north: failed",)
+    assert vars(failure) == {"site": "north", "code": "failed"}
+    assert "4711" in caplog.text
+
+
+def test_what_leaves_a_site_holds_no_text_and_no_count(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tiny_tokens: TokenDataset
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    doubled = dataclasses.replace(
+        tiny_tokens,
+        examples=tuple(dataclasses.replace(e, unit=f"{e.unit}-{i}") for i in range(40) for e in tiny_tokens.examples),
+    )
+    sizes = set()
+    for name, tokens in (("north", tiny_tokens), ("south", doubled)):
+        site = make(name, tokens=tokens)
+        upload = site.handle("train", request(adapted, context))
+        told = decode(site.handle("settle", receipt("included")), Settlement)
+        sizes.add((len(upload), told.epsilon, told.charged, told.steps))
+    assert len(sizes) == 1, "40 times the records must look the same"
+
+
+# ---------------------------------------------------------------- without privacy, and without exchange
+
+
+def test_a_declared_non_private_site_has_no_ledger_and_says_so(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    site = make(budget=NonPrivate(steps=2, batch_size=4, seed=0))
+    decode(site.handle("train", request(adapted, context)), SealedUpdate)
+    told = decode(site.handle("settle", receipt("included")), Settlement)
+    assert (told.private, told.epsilon, told.unit, told.steps, told.ledger_head) == (False, -1.0, "none", 0, "")
+    assert kinds(tmp_path) == ["PLAN"]
+
+
+def test_training_alone_pays_and_settles_too(make: Callable[..., Site], adapted: AdaptedModel, tmp_path: Path) -> None:
+    site, start = make(), adapted.read()
+    moved = site.train_alone(start, 1)
+    assert kinds(tmp_path) == ["PLAN", "RESERVE", "SETTLE"]
+    assert (moved == adapted.read()).all()
+    assert (moved != start).any()
+    trained = [n for n, p in adapted.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_B" in name for name in trained)
