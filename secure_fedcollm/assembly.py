@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from fedcollm_privacy.aggregator import Aggregator
 from fedcollm_privacy.decryptor import Decryptor
 from fedcollm_privacy.errors import ConfigError
 from fedcollm_privacy.ledger import Ledger
-from fedcollm_privacy.plan import calibrate
+from fedcollm_privacy.plan import DpPlan, calibrate
 from fedcollm_privacy.secure_sum import CkksSum
 from secure_fedcollm import data as federation_data
 from secure_fedcollm.config import Config
@@ -27,7 +27,7 @@ from secure_fedcollm.records import Record
 from secure_fedcollm.rounds import Federation, State
 from secure_fedcollm.server import Server
 from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
-from secure_fedcollm.tokenization import tokenize
+from secure_fedcollm.tokenization import TokenDataset, tokenize
 from secure_fedcollm.training import LocalTraining, records_of_units
 from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import InProcessTransport
@@ -44,6 +44,7 @@ class Assembly:
         test_source: where they come from, in words for the report.
         ledgers: for every site of a private run, its ledger.
         data_sets: for every site, its data set's name in the ledger.
+        plans: for every site of a private run, its privacy plan.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Assembly:
     test_source: str
     ledgers: dict[str, Ledger]
     data_sets: dict[str, str]
+    plans: dict[str, DpPlan]
 
 
 def home() -> Path:
@@ -83,10 +85,19 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
     test, test_source = _test_records(config, data)
     site_model = slm if config.federation.site_model == "slm" else llm
     sites, ledgers, data_sets = [], {}, {}
-    with progress.stage("load", "tokenise, calibrate noise, commit plans", len(data.sites)) as step:
+    with progress.stage("load", "tokenise, calibrate noise, commit plans", 2 * len(data.sites)) as step:
+        tokens = {}
         for site_data in data.sites:
-            data_sets[site_data.name] = _data_set_name(config, site_data.name)
-            site, ledger = _site(config, folder, progress, data, site_data, site_model, data_sets[site_data.name])
+            tokens[site_data.name] = tokenize(
+                site_data.train, site_model.tokenizer, max_length=config.data.max_length, append_eos=data.append_eos
+            )
+            step()
+        plans = _plans(config, tokens)
+        for name in tokens:
+            data_sets[name] = _data_set_name(config, name)
+            site, ledger = _site(
+                config, folder, progress, name, tokens[name], site_model, plans.get(name), data_sets[name]
+            )
             sites.append(site)
             if ledger is not None:
                 ledgers[site.name] = ledger
@@ -101,6 +112,7 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         llm=llm,
         public_tokens=public_tokens,
         sites=len(sites),
+        gradient_plan=next(iter(plans.values())) if config.federation.release == "gradient" else None,
         progress=progress,
     )
     federation = Federation(
@@ -122,6 +134,7 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         test_source=test_source,
         ledgers=ledgers,
         data_sets=data_sets,
+        plans=plans,
     )
 
 
@@ -164,6 +177,7 @@ def _models(config: Config, folder: RunFolder, progress: RunProgress) -> tuple[A
                     lora_dropout=config.adapter.lora_dropout,
                     target_modules=config.adapter.target_modules,
                     seed=adapter_seed,
+                    activation_checkpointing=config.model.activation_checkpointing,
                 )
             )
     slm, llm = loaded
@@ -201,26 +215,13 @@ def _data_set_name(config: Config, site: str) -> str:
     return f"{where}#{site}"
 
 
-def _site(
-    config: Config,
-    folder: RunFolder,
-    progress: RunProgress,
-    data: FederationData,
-    site_data: SiteData,
-    adapted: AdaptedModel,
-    data_set: str,
-) -> tuple[Site, Ledger | None]:
-    tokens = tokenize(site_data.train, adapted.tokenizer, max_length=config.data.max_length, append_eos=data.append_eos)
+def _plans(config: Config, tokens: dict[str, TokenDataset]) -> dict[str, DpPlan]:
+    """Each site's plan; none in a run without DP or rounds."""
     privacy, federation = config.privacy, config.federation
-    budget: PrivateBudget | NonPrivate
     if privacy is None or federation.rounds == 0:
-        budget = NonPrivate(
-            steps=federation.local_steps,
-            batch_size=federation.batch_size,
-            seed=_seed_of(config.seed, site_data.name),
-        )
-    else:
-        plan = calibrate(
+        return {}
+    plans = {
+        name: calibrate(
             target_epsilon=privacy.epsilon,
             delta=privacy.delta,
             unit=privacy.unit,
@@ -229,9 +230,42 @@ def _site(
             expected_batch_size=privacy.expected_batch_size,
             steps_per_round=federation.local_steps,
             rounds=federation.rounds,
-            units=len(records_of_units(tokens)),
+            units=len(records_of_units(site_tokens)),
+            clipping=privacy.clipping,
+            noise=privacy.noise,
+            least_honest=privacy.least_honest,
+            release=federation.release,
+            randomness="operating_system" if privacy.insecure_test_seed is None else "insecure_test_seed",
         )
-        ledger = Ledger(_ledger_dir(config, folder) / f"{site_data.name}.sqlite", site_data.name)
+        for name, site_tokens in tokens.items()
+    }
+    if federation.release == "update":
+        return plans
+    # Sites share one grid, and with distributed noise rely on each other's shares: the largest noise serves all.
+    most = max(plan.noise_multiplier for plan in plans.values())
+    return {name: replace(plan, noise_multiplier=most) for name, plan in plans.items()}
+
+
+def _site(
+    config: Config,
+    folder: RunFolder,
+    progress: RunProgress,
+    name: str,
+    tokens: TokenDataset,
+    adapted: AdaptedModel,
+    plan: DpPlan | None,
+    data_set: str,
+) -> tuple[Site, Ledger | None]:
+    privacy, federation = config.privacy, config.federation
+    budget: PrivateBudget | NonPrivate
+    if privacy is None or plan is None:
+        budget = NonPrivate(
+            steps=federation.local_steps,
+            batch_size=federation.batch_size,
+            seed=_seed_of(config.seed, name),
+        )
+    else:
+        ledger = Ledger(_ledger_dir(config, folder) / f"{name}.sqlite", name)
         ledger.commit_plan(
             run_id=folder.run_id,
             data_set=data_set,
@@ -239,9 +273,14 @@ def _site(
             cap_epsilon=privacy.cap_epsilon,
             cap_delta=privacy.cap_delta,
         )
-        budget = PrivateBudget(plan=plan, ledger=ledger)
+        budget = PrivateBudget(
+            plan=plan,
+            ledger=ledger,
+            observable=config.data.declared != "private",
+            test_seed=privacy.insecure_test_seed,
+        )
     site = Site(
-        name=site_data.name,
+        name=name,
         run_id=folder.run_id,
         adapted=adapted,
         tokens=tokens,

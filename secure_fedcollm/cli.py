@@ -19,7 +19,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from fedcollm_privacy.errors import ConfigError, FedCollmError, LedgerError
-from secure_fedcollm.config import Config, build
+from secure_fedcollm.config import Config
+from secure_fedcollm.strict_build import build
 
 __all__ = ["app", "compose_config", "main"]
 

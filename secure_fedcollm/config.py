@@ -1,21 +1,16 @@
-"""The configuration as frozen dataclasses, and the strict way from a mapping to them.
+"""The configuration as frozen dataclasses.
 
-Hydra only composes YAML (``cli.py``); nothing here knows it. ``build`` refuses unknown and missing fields,
+Hydra only composes YAML (``cli.py``); nothing here knows it. ``strict_build.build`` refuses unknown and missing fields,
 wrong types, NaN and values out of range, each with the field's full path. Privacy settings have no default here:
 they stand in ``configs/privacy/*.yaml`` where a reviewer reads them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
-import types
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from fedcollm_privacy.errors import ConfigError
+from secure_fedcollm.strict_build import check
 
 __all__ = [
     "AdapterConfig",
@@ -27,10 +22,8 @@ __all__ = [
     "ModelConfig",
     "PrivacyConfig",
     "SecureSumConfig",
-    "build",
 ]
 
-T = TypeVar("T")
 Task = Literal["text", "chat", "medquad", "commonsense_qa", "openbookqa", "arc", "embedded"]
 
 
@@ -71,18 +64,18 @@ class DataConfig:
     max_length: int
 
     def __post_init__(self) -> None:
-        _check(0 <= self.public_fraction < 1, "data.public_fraction", self.public_fraction, "a number in [0, 1)")
-        _check(0 < self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "in (0, 1)")
-        _check(self.dirichlet_alpha > 0, "data.dirichlet_alpha", self.dirichlet_alpha, "a number > 0")
-        _check(self.max_length >= 8, "data.max_length", self.max_length, "an integer >= 8")
-        _check(
+        check(0 <= self.public_fraction < 1, "data.public_fraction", self.public_fraction, "a number in [0, 1)")
+        check(0 < self.held_out_fraction < 1, "data.held_out_fraction", self.held_out_fraction, "in (0, 1)")
+        check(self.dirichlet_alpha > 0, "data.dirichlet_alpha", self.dirichlet_alpha, "a number > 0")
+        check(self.max_length >= 8, "data.max_length", self.max_length, "an integer >= 8")
+        check(
             self.public_fraction == 0 or self.declared != "private",
             "data.public_fraction",
             self.public_fraction,
             "0 for private data: no record of a site may become public; give data.public_path, or say "
             "data.declared=public|synthetic if the records really are",
         )
-        _check(
+        check(
             self.partition != "column" or self.site_field is not None or self.path is None,
             "data.site_field",
             self.site_field,
@@ -92,14 +85,22 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The pair: hub ids or local folders; null/null is the embedded pair."""
+    """The pair: hub ids or local folders; null/null is the embedded pair.
+
+    Attributes:
+        slm: the small model.
+        llm: the large model.
+        dtype: of the frozen base weights; adapters stay float32.
+        activation_checkpointing: compute activations again in the backward pass: less memory, a third more time.
+    """
 
     slm: str | None
     llm: str | None
     dtype: Literal["float32", "bfloat16"]
+    activation_checkpointing: bool
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             (self.slm is None) == (self.llm is None),
             "model.llm",
             self.llm,
@@ -118,9 +119,9 @@ class AdapterConfig:
     aggregation: Literal["rebase", "freeze_a", "factor_average"]
 
     def __post_init__(self) -> None:
-        _check(self.r >= 1, "adapter.r", self.r, "an integer >= 1")
-        _check(self.lora_alpha >= 1, "adapter.lora_alpha", self.lora_alpha, "an integer >= 1")
-        _check(0 <= self.lora_dropout < 1, "adapter.lora_dropout", self.lora_dropout, "a number in [0, 1)")
+        check(self.r >= 1, "adapter.r", self.r, "an integer >= 1")
+        check(self.lora_alpha >= 1, "adapter.lora_alpha", self.lora_alpha, "an integer >= 1")
+        check(0 <= self.lora_dropout < 1, "adapter.lora_dropout", self.lora_dropout, "a number in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +135,16 @@ class PrivacyConfig:
         expected_batch_size: expected number of units in a logical batch.
         unit: what one unit of privacy is; ``person`` needs ``data.unit_field``.
         max_records_per_unit: at most so many records of one person enter one step.
-        noise: ``local``: each site's own noise carries the whole guarantee.
+        clipping: ``flat`` shortens what is longer than C; ``automatic`` normalises every unit's gradient to about C.
+        noise: ``local``: each site's own noise carries the whole guarantee. ``distributed``: each site adds a share,
+            and the guarantee is that of sums (needs ``federation.release=gradient``).
+        least_honest: h, the fewest honest sites that any opened sum holds, a site itself among them; at most
+            ``federation.min_contributors``, less those that might collude.
         cap_epsilon: the data set's cap over all runs, kept by the ledger.
         cap_delta: likewise for delta.
         ledger_dir: null: the run's folder for public/synthetic data, ``~/.fedcollm/ledgers`` for private data.
+        insecure_test_seed: null; a number makes sampling and noise repeatable and the run NOT PRIVATE, as every output
+            then says. Refused on data declared private.
     """
 
     epsilon: float
@@ -146,19 +153,22 @@ class PrivacyConfig:
     expected_batch_size: int
     unit: Literal["record", "person"]
     max_records_per_unit: int
-    noise: Literal["local"]
+    clipping: Literal["flat", "automatic"]
+    noise: Literal["local", "distributed"]
+    least_honest: int
     cap_epsilon: float
     cap_delta: float
     ledger_dir: str | None
+    insecure_test_seed: int | None
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "max_grad_norm", "cap_epsilon"):
-            _check(getattr(self, name) > 0, f"privacy.{name}", getattr(self, name), "a number > 0")
+            check(getattr(self, name) > 0, f"privacy.{name}", getattr(self, name), "a number > 0")
         for name in ("delta", "cap_delta"):
-            _check(0 < getattr(self, name) < 1, f"privacy.{name}", getattr(self, name), "a number in (0, 1)")
-        for name in ("expected_batch_size", "max_records_per_unit"):
-            _check(getattr(self, name) >= 1, f"privacy.{name}", getattr(self, name), "an integer >= 1")
-        _check(
+            check(0 < getattr(self, name) < 1, f"privacy.{name}", getattr(self, name), "a number in (0, 1)")
+        for name in ("expected_batch_size", "max_records_per_unit", "least_honest"):
+            check(getattr(self, name) >= 1, f"privacy.{name}", getattr(self, name), "an integer >= 1")
+        check(
             self.unit == "person" or self.max_records_per_unit == 1,
             "privacy.max_records_per_unit",
             self.max_records_per_unit,
@@ -173,18 +183,21 @@ class FederationConfig:
     Attributes:
         rounds: communication rounds T; 0 is zero-shot.
         local_steps: optimizer steps per site and round.
+        release: what sites send: ``update``, what their steps did to the adapter; ``gradient``, with one step a round:
+            the noisy gradient itself, which the server's Adam takes.
         sites: number of sites when records are dealt out (``partition=iid|dirichlet``).
         min_contributors: k, the fewest uploads a sum may hold.
         exchange: ``secure_sum``: sites send encrypted updates; ``none``: every site keeps its own adapter.
         pool: all sites' records and D_a in one place (the centralised baselines; nothing federated about it).
         site_model: which model the sites train.
-        learning_rate: of the sites' optimizer.
+        learning_rate: of the sites' optimizer; with ``release=gradient`` of the server's.
         batch_tokens: padded tokens per physical batch; bounds memory, changes no result.
         batch_size: records per step when no DP is on.
     """
 
     rounds: int
     local_steps: int
+    release: Literal["update", "gradient"]
     sites: int
     min_contributors: int
     exchange: Literal["secure_sum", "none"]
@@ -195,23 +208,23 @@ class FederationConfig:
     batch_size: int
 
     def __post_init__(self) -> None:
-        _check(self.rounds >= 0, "federation.rounds", self.rounds, "an integer >= 0")
+        check(self.rounds >= 0, "federation.rounds", self.rounds, "an integer >= 0")
         for name in ("local_steps", "sites", "batch_tokens", "batch_size"):
-            _check(getattr(self, name) >= 1, f"federation.{name}", getattr(self, name), "an integer >= 1")
-        _check(self.learning_rate > 0, "federation.learning_rate", self.learning_rate, "a number > 0")
-        _check(
+            check(getattr(self, name) >= 1, f"federation.{name}", getattr(self, name), "an integer >= 1")
+        check(self.learning_rate > 0, "federation.learning_rate", self.learning_rate, "a number > 0")
+        check(
             self.min_contributors >= 3,
             "federation.min_contributors",
             self.min_contributors,
             "an integer >= 3",
         )
-        _check(
+        check(
             not (self.pool and self.exchange == "secure_sum"),
             "federation.pool",
             self.pool,
             "false with federation.exchange=secure_sum: pooled data has one holder and nothing to sum",
         )
-        _check(
+        check(
             self.site_model == "slm" or self.exchange == "none",
             "federation.site_model",
             self.site_model,
@@ -243,12 +256,12 @@ class DistillationConfig:
     llm_learning_rate: float
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 0, "distillation.steps", self.steps, "an integer >= 0")
-        _check(self.batch_size >= 1, "distillation.batch_size", self.batch_size, "an integer >= 1")
-        _check(self.kd_weight >= 0, "distillation.kd_weight", self.kd_weight, "a number >= 0")
-        _check(self.top_k is None or self.top_k >= 1, "distillation.top_k", self.top_k, "null or an integer >= 1")
+        check(self.steps >= 0, "distillation.steps", self.steps, "an integer >= 0")
+        check(self.batch_size >= 1, "distillation.batch_size", self.batch_size, "an integer >= 1")
+        check(self.kd_weight >= 0, "distillation.kd_weight", self.kd_weight, "a number >= 0")
+        check(self.top_k is None or self.top_k >= 1, "distillation.top_k", self.top_k, "null or an integer >= 1")
         for name in ("temperature", "slm_learning_rate", "llm_learning_rate"):
-            _check(getattr(self, name) > 0, f"distillation.{name}", getattr(self, name), "a number > 0")
+            check(getattr(self, name) > 0, f"distillation.{name}", getattr(self, name), "a number > 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,8 +272,8 @@ class SecureSumConfig:
     clip: float | None
 
     def __post_init__(self) -> None:
-        _check(4 <= self.value_bits <= 18, "secure_sum.value_bits", self.value_bits, "an integer in [4, 18]")
-        _check(self.clip is None or self.clip > 0, "secure_sum.clip", self.clip, "null or a number > 0")
+        check(4 <= self.value_bits <= 18, "secure_sum.value_bits", self.value_bits, "an integer in [4, 18]")
+        check(self.clip is None or self.clip > 0, "secure_sum.clip", self.clip, "null or a number > 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,8 +287,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "max_records", "max_new_tokens"):
-            _check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "an integer >= 1")
-        _check(self.generations >= 0, "evaluation.generations", self.generations, "an integer >= 0")
+            check(getattr(self, name) >= 1, f"evaluation.{name}", getattr(self, name), "an integer >= 1")
+        check(self.generations >= 0, "evaluation.generations", self.generations, "an integer >= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,77 +311,67 @@ class Config:
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.private == (self.privacy is not None),
             "private",
             self.private,
             "true together with a privacy section, false without one; a non-private run is an experiment of its "
             "own (experiment=..._non_private) and says so in every output",
         )
+        self._check_release()
         if self.privacy is not None:
-            _check(
+            check(
+                self.privacy.insecure_test_seed is None or self.data.declared != "private",
+                "privacy.insecure_test_seed",
+                self.privacy.insecure_test_seed,
+                "null on data declared private: a seeded run protects nobody",
+            )
+            check(
                 self.privacy.unit == "record" or self.data.unit_field is not None or self.data.path is None,
                 "data.unit_field",
                 self.data.unit_field,
                 "the column that names a record's person, because privacy.unit=person",
             )
 
+    @property
+    def guaranteed(self) -> bool:
+        """Whether the sites' training is differentially private: neither declared non-private nor a seeded test."""
+        return self.privacy is not None and self.privacy.insecure_test_seed is None
 
-def _check(ok: bool, field: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(field, value, allowed)
-
-
-def build(target: type[T], mapping: Mapping[str, Any], path: str = "") -> T:
-    """Turn a plain mapping into a frozen dataclass, or refuse.
-
-    Args:
-        target: the dataclass.
-        mapping: plain containers, as from ``OmegaConf.to_container(..., resolve=True)``.
-        path: prefix of field names in errors.
-
-    Raises:
-        ConfigError: unknown or missing field, wrong type, NaN or infinity, value out of range.
-    """
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(path or "config", mapping, "a mapping")
-    hints = get_type_hints(target)
-    known = [f.name for f in dataclasses.fields(target)]  # type: ignore[arg-type]
-    for key in mapping:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(
-                f"{path}{key}",
-                mapping[key],
-                f"no such field{f'; did you mean {path}{near[0]}?' if near else ''} (fields here: {', '.join(known)})",
-            )
-    missing = [name for name in known if name not in mapping]
-    if missing:
-        raise ConfigError(f"{path}{missing[0]}", None, "a value: this field is required and was not given")
-    return target(**{name: _convert(hints[name], mapping[name], f"{path}{name}") for name in known})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, f"{path}.")  # type: ignore[arg-type]
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        inner = next(a for a in args if a is not type(None))
-        return _convert(inner, value, path)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(path, value, " | ".join(map(str, args)))
-        return value
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(path, value, "a list")
-        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(path, value, f"a value of type {hint.__name__}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(path, value, "a finite number")
-    return value
+    def _check_release(self) -> None:
+        federation, gradient = self.federation, self.federation.release == "gradient"
+        noise = "local" if self.privacy is None else self.privacy.noise
+        check(
+            gradient or noise == "local",
+            "privacy.noise",
+            noise,
+            "local, or federation.release=gradient beside it: only one-step rounds add the sites' noise up",
+        )
+        if not gradient:
+            return
+        check(
+            federation.local_steps == 1,
+            "federation.local_steps",
+            federation.local_steps,
+            "1 with federation.release=gradient: take more rounds instead",
+        )
+        check(
+            self.privacy is not None and federation.exchange == "secure_sum",
+            "federation.release",
+            federation.release,
+            "update in a run without DP or without exchange",
+        )
+        check(
+            self.adapter.aggregation != "rebase",
+            "adapter.aggregation",
+            self.adapter.aggregation,
+            "factor_average | freeze_a with federation.release=gradient: the server's Adam would lose its coordinates, "
+            "and a mean of gradients at one point is exact for both factors",
+        )
+        least, contributors = self.privacy.least_honest if self.privacy else 1, federation.min_contributors
+        check(
+            least <= contributors,
+            "privacy.least_honest",
+            least,
+            f"at most federation.min_contributors = {contributors}: no sum is sure to hold more sites' noise",
+        )

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from fedcollm_privacy.errors import ConfigError, FedCollmError
 from fedcollm_privacy.messages import canonical_json
 from secure_fedcollm.rounds import State
+from secure_fedcollm.server_optimizer import AdamState
 
 __all__ = ["Checkpoint", "RunFolder"]
 
@@ -93,7 +94,13 @@ class RunFolder:
         state = checkpoint.state
         tensors = {"slm": state.slm, "llm": state.llm, **{f"alone.{k}": v for k, v in state.alone.items()}}
         temporary = self.path / ".checkpoint.part"
-        metadata = {"server_round": str(checkpoint.server_round), "spec_digest": spec_digest}
+        metadata = {
+            "server_round": str(checkpoint.server_round),
+            "spec_digest": spec_digest,
+            "adam_steps": str(state.adam.steps),
+        }
+        if state.adam.steps:
+            tensors |= {"adam.first": state.adam.first, "adam.second": state.adam.second}
         save_file({k: v.copy() for k, v in tensors.items()}, temporary, metadata=metadata)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -116,7 +123,11 @@ class RunFolder:
         if metadata["spec_digest"] != spec_digest:
             raise FedCollmError(f"{path} belongs to other models than {self.path / 'config.yaml'} names now")
         alone = {k.removeprefix("alone."): v for k, v in tensors.items() if k.startswith("alone.")}
-        state = State(slm=tensors["slm"], llm=tensors["llm"], alone=alone)
+        adam = AdamState()
+        if "adam.first" in tensors:
+            steps = int(metadata["adam_steps"])
+            adam = AdamState(steps=steps, first=tensors["adam.first"], second=tensors["adam.second"])
+        state = State(slm=tensors["slm"], llm=tensors["llm"], alone=alone, adam=adam)
         return Checkpoint(server_round=int(metadata["server_round"]), state=state)
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -155,6 +155,7 @@ def load(
     lora_dropout: float,
     target_modules: Sequence[str] | None,
     seed: int,
+    activation_checkpointing: bool = False,
 ) -> AdaptedModel:
     """Load a causal language model by hub id or folder and attach a LoRA adapter with ΔW = 0.
 
@@ -184,6 +185,8 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     base.to(device)
+    if activation_checkpointing:
+        base.activation_checkpointing_enable({"use_reentrant": False})
     targets = _targets(base, target_modules, name)
     config = LoraConfig(
         r=r,

@@ -18,6 +18,7 @@ from fedcollm_privacy.secure_sum import SecureSum
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.distillation import CoTuningReport
 from secure_fedcollm.server import Server
+from secure_fedcollm.server_optimizer import AdamState
 from secure_fedcollm.site import Site
 from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import Reply, Transport
@@ -35,11 +36,13 @@ class State:
         slm: the SLM's adapter, as broadcast next, float32 [D].
         llm: the LLM's adapter, float32 [D'].
         alone: without exchange, every site's own adapter.
+        adam: the server's optimizer, where sites send gradients.
     """
 
     slm: Float32
     llm: Float32
     alone: Mapping[str, Float32] = field(default_factory=dict)
+    adam: AdamState = field(default_factory=AdamState)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +99,13 @@ def run_round(federation: Federation, state: State, server_round: int, attempt: 
         # 3. A process without any key adds the ciphertexts.  4. The decryptor opens the sum, once, as integers.
         opened = federation.secure_sum.open(plan, uploads)
         # 5. The mean update moves the SLM's adapter.
-        aggregated = server.apply(state.slm, opened)
+        aggregated, adam = server.apply(state.slm, state.adam, opened)
         # 6. SLM and LLM teach each other on public text; the distilled SLM is what the sites get next.
         tuned = server.co_tune(aggregated, state.llm, server_round)
     except RoundLost as lost:
         result = RoundOutcome(outcome="lost", state=state, reason=str(lost))
     else:
-        next_state = replace(state, slm=tuned.slm, llm=tuned.llm)
+        next_state = replace(state, slm=tuned.slm, llm=tuned.llm, adam=adam)
         mean_norm = float(np.linalg.norm(opened.total * (plan.grid_step / len(opened.cohort))))
         result = RoundOutcome(
             outcome="opened", state=next_state, cohort=opened.cohort, sum_norm=mean_norm, co_tuning=tuned.report

@@ -111,7 +111,20 @@ def _row(
         "bytes_up": result.bytes_up,
         "sum_norm": result.sum_norm,
         "clipped_fraction": max((s.clipped_fraction for s in result.settlements), default=None),
+        "observed": _observed(parts),
         "seconds": {"since_start": spent},
+    }
+
+
+def _observed(parts: Assembly) -> dict[str, dict[str, float]]:
+    """Per site, clipping and signal-to-noise over the round's steps; nothing where the records are private."""
+    return {
+        site.name: {
+            "clipped_units": float(np.mean([o.clipped_fraction for o in site.observations])),
+            "signal_to_noise": float(np.mean([o.signal_to_noise for o in site.observations])),
+        }
+        for site in parts.federation.sites
+        if site.observations
     }
 
 

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from fedcollm_privacy.errors import RoundLost
 from fedcollm_privacy.messages import OpenedSum, RoundPlan
+from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import dequantize_mean
 from secure_fedcollm.config import Config
 from secure_fedcollm.distillation import CoTuningReport, co_tune
 from secure_fedcollm.models import AdaptedModel, rebase
 from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.server_optimizer import AdamState, adam_step
 from secure_fedcollm.tokenization import TokenDataset
 
 __all__ = ["CoTuned", "Server"]
@@ -42,6 +44,7 @@ class Server:
         public_tokens: D_a.
         sites: number of sites, the most that a sum may hold.
         progress: where a person sees the steps.
+        gradient_plan: any site's plan where sites send gradients; what it says of grid and noise is the same at all.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class Server:
         public_tokens: TokenDataset,
         sites: int,
         progress: RunProgress,
+        gradient_plan: DpPlan | None = None,
     ) -> None:
+        self._gradient_plan = gradient_plan
         self._config, self._run_id, self._sites, self._progress = config, run_id, sites, progress
         self._slm, self._llm, self._public_tokens = slm, llm, public_tokens
         self._spec = slm.shared_spec(config.adapter.aggregation)
@@ -66,11 +71,14 @@ class Server:
         Adam moves a coordinate by about the learning rate a step, so a whole round stays within steps * rate except in
         rare, saturated coordinates. Nothing here depends on data.
         """
+        if self._gradient_plan is not None:
+            return self._gradient_plan.gradient_clip
         federation = self._config.federation
         return self._config.secure_sum.clip or federation.learning_rate * federation.local_steps
 
     def plan_round(self, server_round: int, attempt: int, key_digest: str) -> RoundPlan:
         """What all parties of the round agree on, with a fresh nonce."""
+        plan = self._gradient_plan
         return RoundPlan(
             run_id=self._run_id,
             server_round=server_round,
@@ -83,10 +91,16 @@ class Server:
             max_contributors=max(self._sites, self._config.federation.min_contributors),
             key_digest=key_digest,
             nonce=os.urandom(16).hex(),
+            release="update" if plan is None else "gradient",
+            noise_multiplier=0.0 if plan is None else plan.noise_multiplier,
+            least_honest=1 if plan is None else plan.least_honest,
         )
 
-    def apply(self, adapter: Float32, opened: OpenedSum) -> Float32:
-        """Add the mean update to the broadcast adapter, float32 [D].
+    def apply(self, adapter: Float32, adam: AdamState, opened: OpenedSum) -> tuple[Float32, AdamState]:
+        """Add the mean update to the broadcast adapter, or take one step of Adam with the mean gradient.
+
+        Returns:
+            The adapter, float32 [D], and the optimizer's state (as it was, where sites send updates).
 
         Raises:
             RoundLost: the sum is not of this adapter, or the result is not finite.
@@ -94,8 +108,15 @@ class Server:
         if opened.plan.spec_digest != self._spec.digest or opened.total.shape != (self._spec.dimension,):
             raise RoundLost("the opened sum is of another adapter")
         self._slm.write(adapter)
-        self._slm.write(self._slm.read(self._spec) + dequantize_mean(opened), self._spec)
-        return self._slm.read()
+        shared, mean = self._slm.read(self._spec), dequantize_mean(opened)
+        if self._gradient_plan is None:
+            shared = shared + mean
+        else:
+            mean = mean / np.float32(self._gradient_plan.expected_batch_size)
+            rate = self._config.federation.learning_rate
+            shared, adam = adam_step(shared, mean, adam, learning_rate=rate)
+        self._slm.write(shared, self._spec)
+        return self._slm.read(), adam
 
     def co_tune(self, slm: Float32, llm: Float32, server_round: int) -> CoTuned:
         """Mutual distillation on D_a, then re-basing; with ``distillation.steps=0`` only the re-basing.

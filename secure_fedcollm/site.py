@@ -9,16 +9,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcollm_privacy.ckks import PublicContext, seal
+from fedcollm_privacy.dp_sgd import Observation, require_agreement
 from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError, ProtocolError, SiteFailed
+from fedcollm_privacy.independence import Independence
 from fedcollm_privacy.ledger import Ledger
-from fedcollm_privacy.messages import PrivateUpdate, Receipt, SealedUpdate, Settlement, TrainRequest
+from fedcollm_privacy.messages import (
+    PrivateUpdate,
+    QuantizedUpdate,
+    Receipt,
+    RoundPlan,
+    SealedUpdate,
+    Settlement,
+    TrainRequest,
+)
 from fedcollm_privacy.plan import DpPlan
-from fedcollm_privacy.quantization import clipped_fraction, quantize
+from fedcollm_privacy.quantization import clipped_fraction, on_grid, quantize
+from fedcollm_privacy.randomness import SecureRandom
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.models import AdaptedModel, Aggregation
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.tokenization import TokenDataset
-from secure_fedcollm.training import LocalTraining, train_non_private, train_private
+from secure_fedcollm.training import (
+    LocalTraining,
+    Paid,
+    prove_records_independent,
+    release_gradient,
+    train_non_private,
+    train_private,
+)
 
 __all__ = ["NonPrivate", "PrivateBudget", "Site"]
 
@@ -28,10 +46,17 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivateBudget:
-    """Under which plan a site trains, and the ledger that pays for it."""
+    """Under which plan a site trains, and the ledger that pays for it.
+
+    Attributes:
+        observable: whether clipping and signal-to-noise may be looked at: the records are nobody's, or public.
+        test_seed: makes a run repeatable and not private; the plan says so too.
+    """
 
     plan: DpPlan
     ledger: Ledger
+    observable: bool = False
+    test_seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +104,8 @@ class Site:
         self._finished = True  # whether what the open reservation paid for was made
         self._clipped_fraction = 0.0
         self._seen: set[str] = set()
+        self._independence: Independence | None = None
+        self.observations: list[Observation] = []
 
     def handle(self, operation: str, body: bytes) -> bytes:
         """Answer one request from the server.
@@ -106,7 +133,9 @@ class Site:
         """Reserve, train from the broadcast, quantise, encrypt.
 
         Raises:
-            ProtocolError: the plan is of another run or adapter, replayed, or weaker than this site allows.
+            ProtocolError: the plan is of another run or adapter, replayed, weaker than this site allows, or not what
+                its privacy plan promises.
+            PrivacyViolation: the model mixes records.
             BudgetExceeded: the ledger refuses; no gradient was computed.
             FedCollmError: training diverged; the reservation stays spent.
         """
@@ -123,16 +152,56 @@ class Site:
             raise ProtocolError("the encryption key is not the one in the round plan")
         # Before anything is spent: a plan under which the update could not be sealed afterwards.
         context.parameters.prove(plan.max_contributors, plan.value_bits)
+        if isinstance(self._budget, PrivateBudget):
+            require_agreement(self._budget.plan, plan)
+        elif plan.release != "update":
+            raise ProtocolError("the round releases gradients, which a site without a privacy plan does not")
         self._seen.add(plan.digest)
         self._adapted.write(request.adapter)
-        update = self._train(plan.server_round)
-        self._clipped_fraction = clipped_fraction(update, plan)
-        with self._progress.stage("encrypt", f"{self.name}: encrypt {update.vector.size:,} parameters"):
-            sealed = seal(quantize(update, plan), context, self.name)
+        quantized = self._gradient(plan) if plan.release == "gradient" else self._update(plan)
+        with self._progress.stage("encrypt", f"{self.name}: encrypt {plan.dimension:,} parameters"):
+            sealed = seal(quantized, context, self.name)
         self._finished = True
         return sealed
 
-    def _train(self, server_round: int) -> PrivateUpdate:
+    def _update(self, plan: RoundPlan) -> QuantizedUpdate:
+        update = self._train(plan.server_round, plan.attempt)
+        self._clipped_fraction = clipped_fraction(update, plan)
+        return quantize(update, plan)
+
+    def _gradient(self, plan: RoundPlan) -> QuantizedUpdate:
+        with self._progress.stage("train", f"{self.name}: round {plan.server_round}, gradient"):
+            noisy = release_gradient(
+                adapted=self._adapted,
+                spec=self._spec,
+                tokens=self._tokens,
+                paid=self._pay(plan.server_round, plan.attempt),
+                round_plan=plan,
+                how=self._how,
+            )
+        return on_grid(noisy, plan)
+
+    def _pay(self, server_round: int, attempt: int) -> Paid:
+        """Test the model once, then reserve the round's steps."""
+        if isinstance(self._budget, NonPrivate):
+            raise ProtocolError("a site without a privacy plan has nothing to reserve")
+        budget = self._budget
+        if self._independence is None:
+            self._independence = prove_records_independent(self._adapted, self._spec, self._tokens.pad_token_id)
+        reservation = budget.ledger.reserve(run_id=self._run_id, plan=budget.plan, server_round=server_round)
+        self._open, self._finished, self._clipped_fraction = reservation.entry, False, 0.0
+        self.observations.clear()
+        seeded = budget.test_seed is not None
+        purpose = f"{self.name} {server_round} {attempt}"
+        return Paid(
+            plan=budget.plan,
+            reservation=reservation,
+            independence=self._independence,
+            random=SecureRandom.insecure_for_tests(budget.test_seed or 0, purpose) if seeded else SecureRandom(),
+            observe=self.observations.append if budget.observable else None,
+        )
+
+    def _train(self, server_round: int, attempt: int = 1) -> PrivateUpdate:
         steps = self._budget.steps if isinstance(self._budget, NonPrivate) else self._budget.plan.steps_per_round
         with self._progress.stage("train", f"{self.name}: round {server_round}, training", steps) as step:
             if isinstance(self._budget, NonPrivate):
@@ -146,16 +215,11 @@ class Site:
                     how=self._how,
                     on_step=step,
                 )
-            reservation = self._budget.ledger.reserve(
-                run_id=self._run_id, plan=self._budget.plan, server_round=server_round
-            )
-            self._open, self._finished, self._clipped_fraction = reservation.entry, False, 0.0
             return train_private(
                 adapted=self._adapted,
                 spec=self._spec,
                 tokens=self._tokens,
-                plan=self._budget.plan,
-                reservation=reservation,
+                paid=self._pay(server_round, attempt),
                 how=self._how,
                 on_step=step,
             )
@@ -195,11 +259,12 @@ class Site:
             ledger.settle(run_id=self._run_id, reservation=self._open, outcome=outcome)
             self._open = None
         spent = ledger.spent_in_run(self._run_id)
+        private = self._budget.test_seed is None
         return Settlement(
             site=self.name,
-            private=True,
-            epsilon=self._budget.plan.epsilon(spent.steps),
-            charged=spent.epsilon,
+            private=private,
+            epsilon=self._budget.plan.epsilon(spent.steps) if private else -1.0,
+            charged=spent.epsilon if private else -1.0,
             delta=spent.delta,
             unit=self._budget.plan.unit,
             steps=spent.steps,

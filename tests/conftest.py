@@ -160,6 +160,7 @@ def load_tiny(tiny_checkpoint: Callable[..., Path]) -> Callable[..., AdaptedMode
             "lora_dropout": 0.0,
             "target_modules": None,
             "seed": 0,
+            "activation_checkpointing": False,
         }
         config = {key: options.pop(key) for key in list(options) if key not in ours}
         adapted = models.load(str(tiny_checkpoint(architecture, width=width, **config)), **(ours | options))

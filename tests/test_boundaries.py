@@ -20,7 +20,7 @@ HOMES = {
     "dp_accounting": {"accounting"},
     "hydra": {"cli"},
     "matplotlib": {"figures"},
-    "opacus": {"dp_sgd"},
+    "opacus": {"per_sample", "cross_checks"},  # gradients there, its PRV accountant as a second opinion here
     "peft": {"models"},
     "rouge_score": {"evaluation"},
     "sqlite3": {"ledger"},

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fedcollm_privacy.errors import ConfigError
 from secure_fedcollm.cli import compose_config
-from secure_fedcollm.config import Config, build
+from secure_fedcollm.config import Config
+from secure_fedcollm.strict_build import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PATHS = ["data.path=notes.jsonl", "model.slm=small", "model.llm=large"]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedcollm_privacy.errors import ConfigError, DataError, InvalidValue
-from secure_fedcollm.config import DataConfig, build
+from secure_fedcollm.config import DataConfig
 from secure_fedcollm.data import load
+from secure_fedcollm.strict_build import build
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "data"
 

@@ -44,6 +44,7 @@ from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.records import Record
 from secure_fedcollm.rounds import Federation, State, run_round
 from secure_fedcollm.server import Server
+from secure_fedcollm.server_optimizer import AdamState
 from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
 from secure_fedcollm.tokenization import Batch, TokenDataset, tokenize
 from secure_fedcollm.training import LocalTraining, train_non_private
@@ -92,12 +93,13 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
             held_out_fraction=0.2,
             max_length=64,
         ),
-        model=ModelConfig(slm=None, llm=None, dtype="float32"),
+        model=ModelConfig(slm=None, llm=None, dtype="float32", activation_checkpointing=False),
         adapter=AdapterConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=None, aggregation=aggregation),
         privacy=None,
         federation=FederationConfig(
             rounds=2,
             local_steps=LOCAL_STEPS,
+            release="update",
             sites=3,
             min_contributors=3,
             exchange="secure_sum",
@@ -351,9 +353,10 @@ def test_06_the_sites_get_the_distilled_slm(
     aggregates: list[Vector] = []
     original = lab.server.apply
 
-    def noted(adapter: Vector, opened: Any) -> Vector:
-        aggregates.append(original(adapter, opened))
-        return aggregates[-1]
+    def noted(adapter: Vector, adam: AdamState, opened: Any) -> tuple[Vector, AdamState]:
+        applied = original(adapter, adam, opened)
+        aggregates.append(applied[0])
+        return applied
 
     monkeypatch.setattr(lab.server, "apply", noted)
     first = lab.round(lab.start, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -27,7 +28,10 @@ from dp_accounting.pld import PLDAccountant
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError
+from fedcollm_privacy import cross_checks
+from fedcollm_privacy.accounting import Steps, epsilon_of
+from fedcollm_privacy.adaptive import AdaptivePlan, RdpFilter
+from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError, PrivacyViolation
 from fedcollm_privacy.ledger import Ledger, Reservation, verify_chain
 from fedcollm_privacy.messages import canonical_json
 from fedcollm_privacy.plan import DpPlan, calibrate
@@ -45,19 +49,28 @@ PLAN = DpPlan(
 )
 NOISIER = dataclasses.replace(PLAN, noise_multiplier=4.0)
 COST = PLAN.epsilon(6)
+ADAPTIVE = AdaptivePlan(order=9.0, target_epsilon=2.0, delta=1e-5, unit="record")
 
 
 def ledger_at(folder: Path, site: str = "north") -> Ledger:
     return Ledger(folder / "ledgers" / f"{site}.sqlite", site)
 
 
-def commit(ledger: Ledger, run_id: str, plan: DpPlan = PLAN, *, cap: float = 100.0, **changes: Any) -> str:
+def commit(
+    ledger: Ledger, run_id: str, plan: DpPlan | AdaptivePlan = PLAN, *, cap: float = 100.0, **changes: Any
+) -> str:
     fields: dict[str, Any] = {"data_set": "notes", "cap_epsilon": cap, "cap_delta": 1e-3}
     return ledger.commit_plan(run_id=run_id, plan=plan, **(fields | changes))
 
 
 def reserve(ledger: Ledger, run_id: str, server_round: int = 1, plan: DpPlan = PLAN) -> Reservation:
     return ledger.reserve(run_id=run_id, plan=plan, server_round=server_round)
+
+
+def reserve_adaptive(
+    ledger: Ledger, run_id: str, round_plan: DpPlan = PLAN, server_round: int = 1, plan: AdaptivePlan = ADAPTIVE
+) -> Reservation:
+    return ledger.reserve_adaptive(run_id=run_id, plan=plan, round_plan=round_plan, server_round=server_round)
 
 
 def kinds(ledger: Ledger) -> list[str]:
@@ -339,9 +352,11 @@ PROCESS = """
 import os, signal, sys
 from pathlib import Path
 from fractions import Fraction
+from fedcollm_privacy import cross_checks
 from fedcollm_privacy.errors import BudgetExceeded
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.plan import DpPlan
+cross_checks.MAX_PRV_CELLS = 0  # it would load torch, for seconds, and plays no part here
 plan = DpPlan(unit="record", max_records_per_unit=1, max_grad_norm=1.0, noise_multiplier=2.0,
               sample_rate=Fraction(1, 10), expected_batch_size=10, steps_per_round=2, rounds=3, delta=1e-5)
 ledger = Ledger(Path(sys.argv[1]), "north")
@@ -408,6 +423,186 @@ def test_a_process_killed_after_reserving_leaves_the_budget_spent(tmp_path: Path
     reserve(ledger, "run-1")
     assert ledger.spent_in_run("run-1").steps == 4
     ledger.settle(run_id="run-1", reservation=ledger.entries()[1]["digest"], outcome="failed")
+
+
+# ---------------------------------------------------------------- reservations are used once
+
+
+def test_a_reservation_gives_its_steps_once() -> None:
+    reservation = Reservation(entry="0" * 64, plan_digest=PLAN.digest, steps=2)
+    with pytest.raises(PrivacyViolation, match="is for plan"):
+        reservation.redeem(NOISIER.digest)
+    assert reservation.redeem(PLAN.digest) == 2, "a foreign plan does not use it up"
+    for _ in range(2):
+        with pytest.raises(PrivacyViolation, match="used before"):
+            reservation.redeem(PLAN.digest)
+    with pytest.raises(PrivacyViolation, match="used before"):
+        copy.copy(reservation).redeem(PLAN.digest)
+
+
+def test_of_threads_that_redeem_at_once_one_gets_the_steps() -> None:
+    reservation = Reservation(entry="0" * 64, plan_digest=PLAN.digest, steps=2)
+    results = race([lambda: reservation.redeem(PLAN.digest)] * 16)
+    assert results.count(None) == 1
+
+
+def test_a_reservation_is_a_value_all_the_same() -> None:
+    first, second = (Reservation(entry="0" * 64, plan_digest="p", steps=2) for _ in range(2))
+    first.redeem("p")
+    assert first == second
+    assert hash(first) == hash(second)
+    assert repr(first) == repr(second)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.steps = 3  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- second opinions
+
+
+def test_a_committed_plan_carries_two_second_opinions(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1")
+    entry = ledger.entries()[0]
+    check = entry["cross_check"]
+    assert set(check) == {"prv", "rdp"}
+    assert entry["epsilon"] == COST
+    assert entry["epsilon"] <= check["prv"] <= entry["epsilon"] + 0.013
+    assert entry["epsilon"] <= check["rdp"]
+
+
+def test_a_plan_too_long_for_prv_says_so_in_its_entry(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1", dataclasses.replace(PLAN, rounds=50_000), cap=1e4)
+    check = ledger.entries()[0]["cross_check"]
+    assert check["prv"] is None
+    assert "grid" in check["prv_missing"]
+    assert check["rdp"] > ledger.entries()[0]["epsilon"]
+
+
+def test_a_plan_on_which_accountants_disagree_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = ledger_at(tmp_path)
+    cross_checks._cross_check.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cross_checks, "epsilon_of", lambda *_: COST / 2)
+        with pytest.raises(PrivacyViolation, match="contradict"):
+            commit(ledger, "run-1")
+    assert ledger.entries() == []
+    cross_checks._cross_check.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(DpPlan, "epsilon", lambda *_: COST / 2)
+        with pytest.raises(PrivacyViolation, match="charges epsilon"):
+            commit(ledger, "run-1")
+    assert ledger.entries() == []
+    commit(ledger, "run-1")
+
+
+def test_a_ledger_opens_without_loading_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from fedcollm_privacy.ledger import Ledger;"
+        "Ledger(Path(sys.argv[1]), 'north'); sys.exit('torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "x.sqlite")], env=environment, check=True)
+
+
+# ---------------------------------------------------------------- plans that may change
+
+
+def test_an_adaptive_plan_is_charged_its_whole_target_and_lets_rounds_differ(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1", ADAPTIVE, cap=2.0)
+    plan_entry = ledger.entries()[0]
+    assert (plan_entry["kind"], plan_entry["plan"], plan_entry["epsilon"]) == ("PLAN", ADAPTIVE.as_dict(), 2.0)
+    assert "RDP filter" in plan_entry["accountant"]
+    assert "cross_check" not in plan_entry
+    assert ledger.spent_on("notes").epsilon == 2.0
+    rounds = [PLAN, NOISIER, dataclasses.replace(PLAN, steps_per_round=3, sample_rate=Fraction(1, 20))]
+    for number, round_plan in enumerate(rounds, start=1):
+        reservation = reserve_adaptive(ledger, "run-1", round_plan, number)
+        assert reservation.redeem(round_plan.digest) == round_plan.steps_per_round
+        ledger.settle(run_id="run-1", reservation=reservation.entry, outcome="included")
+    last = ledger.entries()[-2]
+    assert (last["noise_multiplier"], last["sample_rate"], last["steps"], last["order"]) == (2.0, "1/20", 3, 9.0)
+    assert (last["plan_digest"], last["round_plan_digest"]) == (ADAPTIVE.digest, rounds[-1].digest)
+    spent = ledger.spent_on("notes")
+    assert (spent.epsilon, spent.delta, spent.steps) == (2.0, 1e-5, 7)
+    assert verify_chain(ledger.entries()) == []
+
+
+def test_the_filter_refuses_what_would_cross_and_writes_nothing(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1", ADAPTIVE)
+    budget = RdpFilter(ADAPTIVE)
+    steps = Steps(noise_multiplier=2.0, sample_rate=Fraction(1, 10), steps=2)
+    admitted = max(n for n in range(60) if budget.admits(*[steps] * n))
+    assert 5 <= admitted < 59
+    for _ in range(admitted):
+        reserve_adaptive(ledger, "run-1")
+    before = ledger.entries()
+    with pytest.raises(BudgetExceeded, match="adaptive plan's epsilon 2"):
+        reserve_adaptive(ledger, "run-1")
+    assert ledger.entries() == before
+    assert epsilon_of([steps] * admitted, 1e-5) <= ADAPTIVE.target_epsilon
+    reserve_adaptive(ledger, "run-1", dataclasses.replace(PLAN, noise_multiplier=50.0))  # less still fits
+
+
+def test_a_crash_forgets_no_step_of_an_adaptive_run(tmp_path: Path) -> None:
+    commit(ledger_at(tmp_path), "run-1", ADAPTIVE)
+    heavy = dataclasses.replace(PLAN, steps_per_round=36)
+    reserve_adaptive(ledger_at(tmp_path), "run-1", heavy)  # the process ends here: nothing is settled
+    again = ledger_at(tmp_path)
+    commit(again, "run-1", ADAPTIVE)
+    assert kinds(again) == ["PLAN", "RESERVE"], "the same plan is found and charged once"
+    with pytest.raises(BudgetExceeded):
+        reserve_adaptive(again, "run-1", heavy)
+
+
+@pytest.mark.usefixtures("slow_reading")
+def test_of_racing_adaptive_reservations_as_many_win_as_the_filter_admits(tmp_path: Path) -> None:
+    commit(ledger_at(tmp_path), "run-1", ADAPTIVE)
+    heavy = dataclasses.replace(PLAN, steps_per_round=36)
+    others = [ledger_at(tmp_path) for _ in range(6)]
+    results = race([lambda other=other: reserve_adaptive(other, "run-1", heavy) for other in others])  # type: ignore[misc]
+    assert results.count(None) == 1
+
+
+def test_a_committed_plan_cannot_become_adaptive_nor_the_other_way_round(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "fixed")
+    commit(ledger, "free", ADAPTIVE)
+    before = ledger.entries()
+    for run_id, plan in (("fixed", ADAPTIVE), ("fixed", NOISIER), ("free", PLAN)):
+        with pytest.raises(LedgerError, match=r"another plan.*committed as an AdaptivePlan"):
+            commit(ledger, run_id, plan)
+    with pytest.raises(LedgerError, match="another plan"):
+        commit(ledger, "free", dataclasses.replace(ADAPTIVE, order=10.0))
+    with pytest.raises(LedgerError, match="has not committed this plan"):
+        reserve(ledger, "free")
+    with pytest.raises(LedgerError, match="has not committed this plan"):
+        reserve_adaptive(ledger, "fixed")
+    with pytest.raises(LedgerError, match="has not committed this plan"):
+        reserve_adaptive(ledger, "free", plan=dataclasses.replace(ADAPTIVE, target_epsilon=9.0))
+    assert ledger.entries() == before
+
+
+def test_adaptive_targets_count_towards_the_cap_like_any_charge(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1", ADAPTIVE, cap=2.0 + COST)
+    with pytest.raises(BudgetExceeded):
+        commit(ledger, "run-2", ADAPTIVE, cap=2.0 + COST)
+    commit(ledger, "run-3", PLAN, cap=2.0 + COST)
+    assert kinds(ledger) == ["PLAN", "PLAN"]
+
+
+def test_a_round_protects_the_unit_that_was_promised(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1", ADAPTIVE)
+    with pytest.raises(InvalidValue, match=r"unit = 'person'.*record"):
+        reserve_adaptive(ledger, "run-1", dataclasses.replace(PLAN, unit="person"))
+    for number in (0, True, 1.0):
+        with pytest.raises(InvalidValue, match="server_round"):
+            reserve_adaptive(ledger, "run-1", server_round=number)  # type: ignore[arg-type]
+    assert kinds(ledger) == ["PLAN"]
 
 
 # ---------------------------------------------------------------- who may read what

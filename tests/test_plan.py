@@ -41,6 +41,7 @@ REQUEST: dict[str, Any] = {
     "units": 1237,
 }
 INTEGERS = ["max_records_per_unit", "expected_batch_size", "steps_per_round", "rounds"]
+GRADIENT = PERSON | {"steps_per_round": 1, "rounds": 40, "release": "gradient", "least_honest": 4}
 
 
 @settings(deadline=None)
@@ -127,6 +128,11 @@ def test_counts_are_integers(field: str, value: Any) -> None:
         ("unit", "user"),
         ("unit", "Record"),
         ("neighboring_relation", "replace_one"),
+        ("clipping", "adaptive"),
+        ("noise", "none"),
+        ("release", "model"),
+        ("randomness", "42"),
+        *[("least_honest", value) for value in (0, -1, 2.0, math.nan, True)],
         *[("max_grad_norm", value) for value in (0, -1.0, math.nan, math.inf, "1", True)],
         *[("noise_multiplier", value) for value in (0, -1.0, math.nan, math.inf, "1", True)],
         *[("sample_rate", value) for value in (0.1, 1, Fraction(0), Fraction(-1, 2), Fraction(3, 2), "1/2")],
@@ -160,17 +166,25 @@ def test_the_digest_changes_with_every_field() -> None:
         "steps_per_round": 8,
         "rounds": 5,
         "delta": 1.1e-5,
+        "clipping": "automatic",
+        "noise": "distributed",
+        "least_honest": 2,
+        "release": "gradient",
+        "randomness": "insecure_test_seed",
     }
     fields = {field.name for field in dataclasses.fields(DpPlan)} - {"neighboring_relation"}  # one value only, today
     assert set(changes) == fields
     single = PERSON | {"max_records_per_unit": 1}
-    digests = {DpPlan(**PERSON).digest, DpPlan(**single).digest}
+    one_step = PERSON | {"steps_per_round": 1}
+    released = one_step | {"release": "gradient"}
+    digests = {DpPlan(**start).digest for start in (PERSON, single, one_step)}
+    starts = {"unit": single, "release": one_step, "noise": released}
     for field, value in changes.items():
-        start = single if field == "unit" else PERSON
+        start = starts.get(field, PERSON)
         digests.add(DpPlan(**(start | {field: value})).digest)
     # steps_per_round=8 alone and rounds=5 alone have other totals; swapped, the total is equal and the plan is not.
     digests.add(DpPlan(**(PERSON | {"steps_per_round": 8, "rounds": 5})).digest)
-    assert len(digests) == 2 + len(changes) + 1
+    assert len(digests) == 3 + len(changes) + 1
     assert all(len(digest) == 64 for digest in digests)
 
 
@@ -184,3 +198,56 @@ def test_as_dict_holds_every_field_and_comes_back_through_json() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(DpPlan)}
     assert values["sample_rate"] == "2/75"
     assert DpPlan(**(values | {"sample_rate": Fraction(values["sample_rate"])})) == plan
+
+
+# ---------------------------------------------------------------- whose noise, seen by whom
+
+
+def epsilon_of(sigma: float, steps: int) -> float:
+    """By dp-accounting alone."""
+    step = dp_accounting.PoissonSampledDpEvent(32 / 1200, dp_accounting.GaussianDpEvent(sigma))
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    return float(PLDAccountant(relation, 1e-3).compose(step, steps).get_epsilon(1e-5))
+
+
+def test_the_plans_event_is_what_its_epsilon_is_of() -> None:
+    plan = DpPlan(**PERSON)
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    assert PLDAccountant(relation, 1e-3).compose(plan.event).get_epsilon(1e-5) == plan.epsilon(plan.steps)
+
+
+def test_several_local_steps_have_one_view() -> None:
+    """The other sites' noise is absent inside them, whatever anybody hopes of the sum."""
+    plan = DpPlan(**(PERSON | {"least_honest": 4}))
+    assert plan.site_noise_multiplier == 1.25
+    assert plan.epsilon(40) == plan.epsilon_one_update(40) == plan.epsilon_sum_only(40) == epsilon_of(1.25, 40)
+
+
+def test_a_released_gradient_with_local_noise_is_better_protected_in_a_sum() -> None:
+    plan = DpPlan(**GRADIENT)
+    assert plan.site_noise_multiplier == 1.25
+    assert plan.epsilon(40) == plan.epsilon_one_update(40) == epsilon_of(1.25, 40)
+    assert plan.epsilon_sum_only(40) == epsilon_of(2.5, 40)
+
+
+def test_distributed_noise_claims_the_sums_view_and_tells_the_other() -> None:
+    plan = DpPlan(**(GRADIENT | {"noise": "distributed"}))
+    assert plan.site_noise_multiplier == 0.625
+    assert plan.epsilon(40) == plan.epsilon_sum_only(40) == epsilon_of(1.25, 40)
+    assert plan.epsilon_one_update(40) == epsilon_of(0.625, 40) > plan.epsilon(40)
+
+
+def test_only_one_step_rounds_release_gradients_and_distribute_noise() -> None:
+    with pytest.raises(InvalidValue, match="steps_per_round"):
+        DpPlan(**(GRADIENT | {"steps_per_round": 2}))
+    with pytest.raises(InvalidValue, match="noise"):
+        DpPlan(**(PERSON | {"noise": "distributed"}))
+    with pytest.raises(InvalidValue, match="noise"):
+        DpPlan(**(PERSON | {"steps_per_round": 1, "noise": "distributed"}))
+
+
+@pytest.mark.parametrize("noise", ["local", "distributed"])
+def test_a_released_gradients_range_holds_the_longest_noise_beside_the_sum(noise: str) -> None:
+    plan = DpPlan(**(GRADIENT | {"noise": noise, "expected_batch_size": 320, "sample_rate": Fraction(320, 1200)}))
+    longest = math.sqrt(106 * math.log(2))  # Box and Muller's radius at the smallest 53-bit uniform
+    assert plan.gradient_clip >= plan.max_grad_norm * (20 + longest * plan.site_noise_multiplier)

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secure_fedcollm.cli import compose_config
-from secure_fedcollm.config import Config, build
+from secure_fedcollm.config import Config
 from secure_fedcollm.data import load
 from secure_fedcollm.evaluation import evaluate
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.run import run
+from secure_fedcollm.strict_build import build
 
 TASKS = ["commonsense_qa", "openbookqa", "arc_easy", "arc_challenge"]
 Find = Callable[[str], Path]

@@ -19,11 +19,12 @@ from fedcollm_privacy.ledger import Ledger, verify_chain
 from fedcollm_privacy.messages import OpenedSum
 from secure_fedcollm import site as site_module
 from secure_fedcollm.cli import compose_config
-from secure_fedcollm.config import Config, build
+from secure_fedcollm.config import Config
 from secure_fedcollm.evaluation import evaluate
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.run import run
+from secure_fedcollm.strict_build import build
 
 WORDS = [
     "the",

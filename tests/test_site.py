@@ -18,6 +18,7 @@ from fedcollm_privacy.aggregator import Aggregator
 from fedcollm_privacy.ckks import PublicContext
 from fedcollm_privacy.decryptor import Decryptor
 from fedcollm_privacy.errors import FedCollmError, ModelError, SiteFailed
+from fedcollm_privacy.independence import Independence
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import PrivateUpdate, Receipt, RoundPlan, SealedUpdate, Settlement, TrainRequest
 from fedcollm_privacy.plan import DpPlan
@@ -27,7 +28,7 @@ from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
-from secure_fedcollm.tokenization import TokenDataset
+from secure_fedcollm.tokenization import Batch, TokenDataset
 from secure_fedcollm.training import LocalTraining
 
 DP_PLAN = DpPlan(
@@ -239,11 +240,41 @@ def test_a_reservation_is_on_disk_before_the_first_gradient(
     make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
 ) -> None:
     seen: list[list[str]] = []
-    adapted.model.register_forward_pre_hook(lambda *_: seen.append(kinds(tmp_path)))
     context = secure_sum.begin(contributors=3, value_bits=13)
-    make().handle("train", request(adapted, context))
+    site = make()
+    site.handle("train", request(adapted, context))  # before the first round the model is tested on made-up records
+    adapted.model.register_forward_pre_hook(lambda *_: seen.append(kinds(tmp_path)))
+    site.handle("train", request(adapted, context, server_round=2))
     assert seen
-    assert all(entries == ["PLAN", "RESERVE"] for entries in seen)
+    assert all(entries == ["PLAN", "RESERVE", "RESERVE"] for entries in seen)
+
+
+def test_records_are_not_read_before_the_model_has_passed_its_test(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forwards: list[int],
+) -> None:
+    def mixing(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+        return logits.square().mean((1, 2)) * logits.square().mean()
+
+    monkeypatch.setattr("secure_fedcollm.training.per_record_loss", mixing)
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    assert refused(make(), request(adapted, context)).code == "failed"
+    assert kinds(tmp_path) == ["PLAN"]
+    assert 0 < len(forwards) <= 7
+
+
+def test_a_broadcast_under_which_the_model_is_nan_costs_nothing(
+    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+) -> None:
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    edge = np.full_like(adapted.read(), 3.3e38)
+    assert refused(make(), request(adapted, context, edge)).code == "diverged"
+    assert kinds(tmp_path) == ["PLAN"]
 
 
 def test_the_sum_of_three_uploads_is_that_of_their_quantised_updates(
@@ -342,6 +373,7 @@ def test_a_diverged_site_says_so_and_its_reservation_stays_spent(
     # A learning rate that carries coordinates beyond float32 (their gradients are noise only: NaN counts as zero).
     edge = np.full_like(before, 3.3e38)
     site = make(learning_rate=3e37)
+    site._independence = Independence(model=adapted.model)  # as after a round that went well
     failure = refused(site, request(adapted, context, edge))
     assert failure.code == "diverged"
     assert str(failure) == "site north: diverged"

@@ -1,141 +1,136 @@
-"""The private training step: per-unit gradients by Opacus, clipped, summed, noised, divided by a public number.
+"""The private step: per-unit gradients by Opacus' formula, clipped, summed, noised, divided by a public number.
 
-Opacus computes the per-sample gradients. Clipping, summing and noise are these few lines rather than its optimizer
-because that one spoils every parameter when one record's gradient is NaN, keeps a partial sum when a loop is left
-early, derives the expected batch size by truncation, cannot take an empty batch with transformers, and draws its noise
-from torch's global generator. A test holds the two against each other where both are right.
+Clipping, summing and noise are these few lines rather than Opacus' optimizer because that one spoils every parameter
+when one record's gradient is NaN, keeps a partial sum when a loop is left early, derives the expected batch size by
+truncation, cannot take an empty batch with transformers, and draws its noise from torch's global generator. A test
+holds the two against each other where both are right.
+
+Floating point. Every unit's clipped gradient is rounded to a lattice, the sum of units and the noise are integers on
+it, and what leaves the step is an integer. So there are no floating-point gaps that tell one sum from another (Mironov
+2012), and the bound C holds for the rounded gradients: they are clipped a little below it. Because the sum is an
+integer, adding rounded noise to it is rounding the Gaussian mechanism's result, which is post-processing. The sum of
+several sites' rounded noises is, up to 1e-200, the result with random rounding, post-processing again.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from opacus.grad_sample import GradSampleHooks
+from numpy.typing import NDArray
 from torch import nn
 
-from fedcollm_privacy.errors import PrivacyViolation
+from fedcollm_privacy.clipping import PhysicalBatches, RecordLoss, clipped_sum
+from fedcollm_privacy.errors import PrivacyViolation, ProtocolError
+from fedcollm_privacy.independence import Independence
 from fedcollm_privacy.ledger import Reservation
+from fedcollm_privacy.messages import NoisySum, RoundPlan
+from fedcollm_privacy.per_sample import clear_gradients, trainable
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
 
-__all__ = ["RecordLoss", "noisy_gradient", "per_sample_gradients", "run_private_steps"]
+__all__ = [
+    "Observation",
+    "noisy_sum",
+    "release_private_gradient",
+    "require_agreement",
+    "run_private_steps",
+]
 
-# Losses of the given records, shape [len(records)], each computed from its own record alone.
-RecordLoss = Callable[[Sequence[int]], torch.Tensor]
+_LONGEST_NOISE = 9.0
+"""Standard deviations; `SecureRandom.normals` ends at 8.58."""
 
+_LEAST_NOISE_STEPS = 16.0
+"""Noise standard deviations in lattice steps. From 8 on, sums of rounded Gaussians differ from a rounded sum by less
+than 1e-200 in total variation (Poisson summation: exp(-pi^2 s^2))."""
 
-@contextmanager
-def per_sample_gradients(model: nn.Module) -> Iterator[None]:
-    """While open, ``backward()`` fills ``grad_sample`` [B, ...] of every trainable parameter (Opacus hooks)."""
-    hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
-    try:
-        with warnings.catch_warnings():
-            # The first trainable layer's input carries no gradient (what lies below is frozen); its hook needs none.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
-            yield
-    finally:
-        hooks.cleanup()
-        # After a broken forward or backward Opacus leaves these behind: records' activations, and a wrong batch size.
-        for module in model.modules():
-            for name in vars(module).keys() & {"activations", "max_batch_len"}:
-                delattr(module, name)
+_FALSE_ALARM = math.log(2e12)
+"""The check of the noise fails a sound step with probability 1e-12 at most (Laurent and Massart 2000, lemma 1)."""
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """How clipping and noise met one step's gradients. Computed from records without noise: never to be released.
+
+    Attributes:
+        clipped_fraction: share of the sampled units whose gradient was longer than C.
+        signal_to_noise: L2 norm of the clipped sum over the expected norm of the noise.
+    """
+
+    clipped_fraction: float
+    signal_to_noise: float
 
 
-def _clear(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.grad_sample = None  # type: ignore[attr-defined]
+def _check_noise(noise: NDArray[np.int64], deviation: float) -> None:
+    """Refuse noise whose variance is not the plan's, as from a generator that broke or a draw that was not added."""
+    count = noise.size
+    variance = float(np.square(noise / deviation).mean())
+    margin = 2.0 * math.sqrt(_FALSE_ALARM / count) + 2.0 * _FALSE_ALARM / count
+    if not 1.0 - margin <= variance <= 1.0 + margin:
+        raise PrivacyViolation(
+            f"the noise has {variance:.3g} times the planned variance; the random generator or the step is broken"
+        )
 
 
-def _unit_gradients(parameters: list[nn.Parameter], unit_of_record: torch.Tensor, units: int) -> list[torch.Tensor]:
-    """Sum of each unit's record gradients, float32 [U, ...] per parameter."""
-    gradients = []
-    for parameter in parameters:
-        sample = parameter.grad_sample  # type: ignore[attr-defined]
-        if not isinstance(sample, torch.Tensor) or sample.shape[0] != unit_of_record.numel():
-            raise PrivacyViolation(
-                f"a trainable tensor of shape {list(parameter.shape)} has no gradient per record: its layer is unused "
-                "or merges records with tokens (OPT's fc1/fc2 do). Choose other adapter.target_modules."
-            )
-        unit_sum = torch.zeros(units, *parameter.shape, dtype=torch.float32, device=sample.device)
-        gradients.append(unit_sum.index_add_(0, unit_of_record, sample.float()))
-    return gradients
-
-
-def _clipped_sum(gradients: list[torch.Tensor], max_grad_norm: float) -> list[torch.Tensor]:
-    """Sum over units of gradients scaled to L2 norm at most C; a unit with NaN or infinity counts as zero."""
-    squared = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
-    norms = squared.sqrt()
-    finite = torch.isfinite(norms)
-    factors = torch.where(finite, (max_grad_norm / norms.clamp(min=1e-12)).clamp(max=1.0), torch.zeros_like(norms))
-    keep = finite.nonzero().squeeze(1)
-    return [torch.einsum("u,u...->...", factors[keep], g[keep]) for g in gradients]
-
-
-def noisy_gradient(
+def noisy_sum(
     *,
     model: nn.Module,
     plan: DpPlan,
     units: Sequence[Sequence[int]],
     record_loss: RecordLoss,
-    physical_batches: Callable[[Sequence[int]], Sequence[Sequence[int]]],
+    physical_batches: PhysicalBatches,
     random: SecureRandom,
-) -> None:
-    """Set ``grad`` of every trainable parameter to (sum of clipped unit gradients + noise) / expected batch size.
-
-    Must be called inside `per_sample_gradients`. No units give pure noise, which is a counted step like any other.
-    Nothing is left on the parameters from one call to the next, also when a call raises.
+    round_plan: RoundPlan | None = None,
+    observe: Callable[[Observation], None] | None = None,
+) -> NoisySum:
+    """`clipped_sum` plus this site's noise, integers too. No units give pure noise, a counted step like any other.
 
     Args:
-        model: in training mode; trainable parameters are the adapter's.
-        plan: clipping bound, noise and divisor.
-        units: the sampled units, each a list of at most ``plan.max_records_per_unit`` records.
-        record_loss: losses of given records.
-        physical_batches: splits positions ``0..len(units)-1`` into lists that fit memory; the split changes no result.
+        model: see `clipped_sum`, as for plan, units, record_loss and physical_batches.
         random: the step's noise.
+        round_plan: whose grid to use where the sum itself leaves the site; without one, the lattice of C / 2^20.
+        observe: gets what must not be released.
 
     Raises:
-        PrivacyViolation: a trainable tensor has no per-record gradient, a unit brings too many records, or the split
-            does not hold every unit once.
+        PrivacyViolation: see `clipped_sum`; or the noise is not there, or finer than the lattice.
     """
-    parameters = _trainable(model)
-    if not parameters:
-        raise PrivacyViolation("the model has no trainable parameter; nothing would be trained, but budget spent")
-    if any(not 0 < len(records) <= plan.max_records_per_unit for records in units):
-        raise PrivacyViolation(f"a unit must bring 1 to {plan.max_records_per_unit} records into a step")
-    split = physical_batches(range(len(units))) if units else ()
-    if sorted(position for batch in split for position in batch) != list(range(len(units))):
-        raise PrivacyViolation("the physical batches must hold every sampled unit exactly once")
-    total = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    _clear(parameters)
-    try:
-        for batch in split:
-            records = [record for position in batch for record in units[position]]
-            owner = torch.tensor([i for i, position in enumerate(batch) for _ in units[position]])
-            losses_B = record_loss(records)
-            if losses_B.shape != (len(records),):
-                raise PrivacyViolation(f"the loss must give one value per record, got shape {list(losses_B.shape)}")
-            if not losses_B.requires_grad:
-                raise PrivacyViolation("the loss does not depend on any trainable parameter; the adapter is frozen")
-            torch.autograd.backward(losses_B.sum())
-            gradients = _unit_gradients(parameters, owner.to(losses_B.device), len(batch))
-            for summed, clipped in zip(total, _clipped_sum(gradients, plan.max_grad_norm), strict=True):
-                summed += clipped
-            _clear(parameters)
-    except BaseException:
-        _clear(parameters)
-        raise
-    deviation = plan.noise_multiplier * plan.max_grad_norm
-    for parameter, summed in zip(parameters, total, strict=True):
-        noise = torch.from_numpy(random.normals(summed.numel())).reshape(summed.shape).to(summed)
-        parameter.grad = ((summed + deviation * noise) / plan.expected_batch_size).to(parameter.dtype)
+    if random.seeded is not (plan.randomness == "insecure_test_seed"):
+        raise PrivacyViolation("the plan says where randomness comes from, and it comes from elsewhere")
+    grid_step = None if round_plan is None else round_plan.grid_step
+    summed = clipped_sum(
+        model=model,
+        plan=plan,
+        units=units,
+        record_loss=record_loss,
+        physical_batches=physical_batches,
+        grid_step=grid_step,
+    )
+    deviation = plan.site_noise_multiplier * plan.max_grad_norm / summed.grid_step
+    if deviation < _LEAST_NOISE_STEPS:
+        raise PrivacyViolation(f"noise of {deviation:.2g} grid steps: at least {_LEAST_NOISE_STEPS:g} are needed")
+    grid = summed.grid
+    if round_plan is not None:
+        room = math.floor(round_plan.levels - _LONGEST_NOISE * deviation)
+        grid = np.clip(grid, -room, room)
+    released = grid + np.rint(random.normals(grid.size) * deviation).astype(np.int64)
+    _check_noise(released - grid, deviation)
+    if observe is not None:
+        signal = float(np.linalg.norm(grid.astype(np.float64))) / (deviation * math.sqrt(grid.size))
+        observe(Observation(clipped_fraction=summed.clipped / max(1, len(units)), signal_to_noise=signal))
+    return NoisySum(grid=released, grid_step=summed.grid_step)
+
+
+def _sample(plan: DpPlan, records_of_unit: Sequence[Sequence[int]], random: SecureRandom) -> list[list[int]]:
+    """A Poisson sample of units, each with at most ``max_records_per_unit`` of its records, chosen afresh."""
+    mask = random.poisson_mask(plan.sample_rate, len(records_of_unit))
+    units = []
+    for unit in mask.nonzero()[0].tolist():
+        records = records_of_unit[unit]
+        units.append([records[i] for i in random.subset(len(records), plan.max_records_per_unit)])
+    return units
 
 
 def run_private_steps(
@@ -144,11 +139,13 @@ def run_private_steps(
     optimizer: torch.optim.Optimizer,
     plan: DpPlan,
     reservation: Reservation,
+    independence: Independence,
     records_of_unit: Sequence[Sequence[int]],
     record_loss: RecordLoss,
-    physical_batches: Callable[[Sequence[Sequence[int]]], Callable[[Sequence[int]], Sequence[Sequence[int]]]],
+    physical_batches: PhysicalBatches,
     random: SecureRandom,
     on_step: Callable[[], None],
+    observe: Callable[[Observation], None] | None = None,
 ) -> None:
     """Take exactly the reserved steps of the plan.
 
@@ -156,44 +153,128 @@ def run_private_steps(
         model: trainable parameters are the adapter's.
         optimizer: over the same parameters; whatever it does with the noisy gradients is post-processing.
         plan: what is run; must be the one that was reserved.
-        reservation: proof that the steps are on the ledger.
+        reservation: proof that the steps are on the ledger; used up by this call.
+        independence: proof that this model's records do not mix.
         records_of_unit: for every unit of the data set, its records.
         record_loss: losses of given records.
         physical_batches: from the sampled units to the split of their positions.
         random: sampling and noise.
         on_step: called after every step, with nothing.
+        observe: gets what must not be released, see `Observation`.
 
     Raises:
-        PrivacyViolation: the reservation is not for this plan, or the first step left every parameter unchanged (the
-            adapter is not connected to the loss: noise alone would have moved it).
+        PrivacyViolation: the reservation is not for this plan or was used, the plan releases gradients, the model was
+            not tested, or the first step left every parameter unchanged (the adapter is not connected to the loss:
+            noise alone would have moved it).
     """
-    if reservation.plan_digest != plan.digest:
-        raise PrivacyViolation("the reservation is for another plan; nothing was trained")
-    parameters = _trainable(model)
+    if plan.release != "update":
+        raise PrivacyViolation("the plan releases gradients; no steps are taken at the site")
+    independence.require(model)
+    parameters = trainable(model)
     was_training = model.training
     model.train()
     try:
-        with per_sample_gradients(model):
-            for step in range(reservation.steps):
-                mask = random.poisson_mask(plan.sample_rate, len(records_of_unit))
-                units = []
-                for unit in mask.nonzero()[0].tolist():
-                    records = records_of_unit[unit]
-                    units.append([records[i] for i in random.subset(len(records), plan.max_records_per_unit)])
-                before = [p.detach().clone() for p in parameters] if step == 0 else []
-                noisy_gradient(
-                    model=model,
-                    plan=plan,
-                    units=units,
-                    record_loss=record_loss,
-                    physical_batches=physical_batches(units),
-                    random=random,
-                )
-                optimizer.step()
-                if before and all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True)):
-                    raise PrivacyViolation("the first step changed no parameter: the optimizer holds other tensors")
-                on_step()
+        for step in range(reservation.redeem(plan.digest)):
+            before = [p.detach().clone() for p in parameters] if step == 0 else []
+            noisy = noisy_sum(
+                model=model,
+                plan=plan,
+                units=_sample(plan, records_of_unit, random),
+                record_loss=record_loss,
+                physical_batches=physical_batches,
+                random=random,
+                observe=observe,
+            )
+            _set_gradients(parameters, noisy, plan.expected_batch_size)
+            optimizer.step()
+            if before and all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True)):
+                raise PrivacyViolation("the first step changed no parameter: the optimizer holds other tensors")
+            on_step()
     finally:
-        for parameter in parameters:
-            parameter.grad = None
+        clear_gradients(parameters)
         model.train(was_training)
+
+
+def _set_gradients(parameters: list[nn.Parameter], noisy: NoisySum, expected_batch_size: int) -> None:
+    start = 0
+    for parameter in parameters:
+        piece = noisy.grid[start : start + parameter.numel()] * (noisy.grid_step / expected_batch_size)
+        parameter.grad = torch.from_numpy(piece).reshape(parameter.shape).to(parameter)
+        start += parameter.numel()
+
+
+def require_agreement(plan: DpPlan, round_plan: RoundPlan) -> None:
+    """Refuse a round that is not what this site's plan promises; to be asked before anything is spent.
+
+    Every honest site asks the same, so whoever adds a share of the noise can count on the others' shares.
+
+    Raises:
+        ProtocolError: the round releases something else, on another range, with other noise, or counts on another
+            number of honest sites.
+    """
+    names = ("release", "clip", "noise_multiplier", "least_honest")
+    asked = tuple(getattr(round_plan, name) for name in names)
+    promised: tuple[object, ...] = ("update", *asked[1:])
+    if plan.release == "gradient":
+        promised = ("gradient", plan.gradient_clip, plan.noise_multiplier, plan.least_honest)
+    for name, value, allowed in zip(names, asked, promised, strict=True):
+        if value != allowed:
+            raise ProtocolError(f"the round's {name} is {value}; this site's plan promises {allowed}")
+
+
+def release_private_gradient(
+    *,
+    model: nn.Module,
+    flatten_as: Sequence[nn.Parameter],
+    plan: DpPlan,
+    round_plan: RoundPlan,
+    reservation: Reservation,
+    independence: Independence,
+    records_of_unit: Sequence[Sequence[int]],
+    record_loss: RecordLoss,
+    physical_batches: PhysicalBatches,
+    random: SecureRandom,
+    observe: Callable[[Observation], None] | None = None,
+) -> NoisySum:
+    """The one reserved step's noisy gradient sum on the round's own grid; no parameter moves.
+
+    With distributed noise this holds only the site's share of the noise and must leave the site encrypted, to be
+    opened in a sum. Other arguments as in `run_private_steps`.
+
+    Args:
+        flatten_as: the trainable parameters, in the order in which the result holds them.
+        round_plan: the round's grid; it must be what the plan promises.
+
+    Raises:
+        PrivacyViolation: see `run_private_steps`.
+        ProtocolError: see `require_agreement`.
+    """
+    if plan.release != "gradient":
+        raise PrivacyViolation("the plan does not release gradients")
+    require_agreement(plan, round_plan)
+    independence.require(model)
+    parameters = trainable(model)
+    place = {id(p): i for i, p in enumerate(parameters)}
+    if sorted(map(id, flatten_as)) != sorted(place):
+        raise PrivacyViolation("the order names other parameters than those that are trained")
+    if reservation.redeem(plan.digest) != 1:
+        raise PrivacyViolation("one step is released a round; the reservation is for more")
+    was_training = model.training
+    model.train()
+    try:
+        noisy = noisy_sum(
+            model=model,
+            plan=plan,
+            units=_sample(plan, records_of_unit, random),
+            record_loss=record_loss,
+            physical_batches=physical_batches,
+            random=random,
+            round_plan=round_plan,
+            observe=observe,
+        )
+    finally:
+        clear_gradients(parameters)
+        model.train(was_training)
+    pieces = np.split(noisy.grid, np.cumsum([p.numel() for p in parameters])[:-1])
+    grid = np.concatenate([pieces[place[id(p)]] for p in flatten_as])
+    return NoisySum(grid=grid, grid_step=noisy.grid_step)

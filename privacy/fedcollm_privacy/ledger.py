@@ -8,6 +8,10 @@ What one run is charged: its committed plan, from the first reservation on. When
 steps than planned, the charge rises to the epsilon of all reserved steps. These are more steps of the same mechanism,
 and the cap bounds their number beforehand, so the privacy loss distribution of the steps remains a valid bound.
 
+The plan's type decides the accountant. A `DpPlan` is fixed before data is read and costs what privacy loss
+distributions say. An `AdaptivePlan` may choose each round's noise, rate and steps after seeing earlier rounds; it is
+charged its whole target at once, and every reservation passes its Rényi filter.
+
 Entries form a hash chain. That shows an entry altered, removed from the middle or added by accident; whoever can
 rewrite the whole file can still rebuild the chain, until entries are signed and heads are kept elsewhere. No entry
 holds the number of records or anything else computed from them without noise, except the plan's nominal size.
@@ -23,74 +27,24 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from fedcollm_privacy import _validate
-from fedcollm_privacy.accounting import ACCOUNTANT
-from fedcollm_privacy.errors import BudgetExceeded, LedgerError
+from fedcollm_privacy.accounting import ACCOUNTANT, Steps
+from fedcollm_privacy.adaptive import ADAPTIVE_ACCOUNTANT, AdaptivePlan, RdpFilter
+from fedcollm_privacy.cross_checks import cross_check
+from fedcollm_privacy.entries import GENESIS, Spent, charges, entry_digest, total, verify_chain
+from fedcollm_privacy.errors import BudgetExceeded, LedgerError, PrivacyViolation
 from fedcollm_privacy.messages import canonical_json
 from fedcollm_privacy.plan import DpPlan
+from fedcollm_privacy.reservation import Reservation
 
 __all__ = ["Ledger", "Reservation", "Spent", "verify_chain"]
 
-GENESIS = "0" * 64
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Steps that are paid for; the training step runs on nothing else.
-
-    Attributes:
-        entry: digest of the ledger entry.
-        plan_digest: of the `DpPlan` whose steps these are.
-        steps: how many steps may be taken.
-    """
-
-    entry: str
-    plan_digest: str
-    steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spent:
-    """What a run, or all runs on a data set, have been charged so far; zeros for nothing."""
-
-    epsilon: float
-    delta: float
-    steps: int
-
-
-def entry_digest(body: dict[str, Any]) -> str:
-    """SHA-256 of an entry's canonical JSON, the previous entry's digest included."""
-    return hashlib.sha256(canonical_json(body)).hexdigest()
-
-
-def verify_chain(entries: list[dict[str, Any]]) -> list[str]:
-    """Problems in a list of exported entries, in words; empty when the chain holds.
-
-    Checks that sequence numbers have no gap, that every digest is that of its body, and that every body names the
-    digest before it. It cannot show that entries are missing at the end.
-    """
-    problems = []
-    previous = GENESIS
-    for position, entry in enumerate(entries, start=1):
-        body = {key: value for key, value in entry.items() if key != "digest"}
-        if body.get("seq") != position:
-            problems.append(f"entry {position}: sequence number is {body.get('seq')!r}")
-        if body.get("previous") != previous:
-            problems.append(f"entry {position}: does not follow the entry before it")
-        try:
-            sound = entry_digest(body) == entry.get("digest")
-        except ValueError:  # NaN has no canonical form
-            sound = False
-        if not sound:
-            problems.append(f"entry {position}: content does not match its digest")
-        previous = str(entry.get("digest"))
-    return problems
 
 
 class Ledger:
@@ -181,15 +135,19 @@ class Ledger:
         """The name under which a data set stands in the ledger: HMAC-SHA256 under the ledger's own salt."""
         return hmac.new(self._salt, data_set.encode(), "sha256").hexdigest()
 
-    def commit_plan(self, *, run_id: str, data_set: str, plan: DpPlan, cap_epsilon: float, cap_delta: float) -> str:
+    def commit_plan(
+        self, *, run_id: str, data_set: str, plan: DpPlan | AdaptivePlan, cap_epsilon: float, cap_delta: float
+    ) -> str:
         """Charge a run's whole plan to the data set, before anything is trained.
 
-        A run that is resumed finds its plan here already; the same plan is then accepted without a second charge.
+        A `DpPlan` is charged its PLD epsilon, once other accountants did not contradict it; an `AdaptivePlan` is
+        charged its whole target. A run that is resumed finds its plan here already; the same plan is then accepted
+        without a second charge.
 
         Args:
             run_id: the run's name; one plan a run.
             data_set: the data set's name, as the site calls it.
-            plan: what will be run.
+            plan: what will be run, or what bounds it.
             cap_epsilon: the data set's cap over all runs.
             cap_delta: likewise.
 
@@ -199,6 +157,7 @@ class Ledger:
         Raises:
             BudgetExceeded: the charge would cross the cap; nothing is written.
             LedgerError: the run has another plan here already.
+            PrivacyViolation: accountants contradict each other on the plan; nothing is written.
         """
         _validate.public_name(run_id=run_id)
         _validate.positive(cap_epsilon=cap_epsilon, cap_delta=cap_delta)
@@ -208,9 +167,12 @@ class Ledger:
             for entry in entries:
                 if entry["kind"] == "PLAN" and entry["run_id"] == run_id:
                     if entry["plan_digest"] != plan.digest or entry["data_set"] != name:
-                        raise LedgerError(f"run {run_id} has another plan in this ledger; give the run another name")
+                        raise LedgerError(
+                            f"run {run_id} has another plan in this ledger; give the run another name. A plan that may "
+                            "change after data was read must be committed as an AdaptivePlan, before the first step"
+                        )
                     return str(entry["digest"])
-            charge = plan.epsilon(plan.steps)
+            charge = plan.epsilon(plan.steps) if isinstance(plan, DpPlan) else plan.target_epsilon
             self._refuse_over_cap(entries, name, run_id, charge, plan.delta, cap_epsilon, cap_delta)
             return self._append(
                 db,
@@ -222,12 +184,11 @@ class Ledger:
                     "data_set": name,
                     "plan": plan.as_dict(),
                     "plan_digest": plan.digest,
-                    "steps": plan.steps,
                     "epsilon": charge,
                     "delta": plan.delta,
                     "cap_epsilon": cap_epsilon,
                     "cap_delta": cap_delta,
-                    "accountant": ACCOUNTANT,
+                    **(_checked(plan, charge) if isinstance(plan, DpPlan) else {"accountant": ADAPTIVE_ACCOUNTANT}),
                 },
             )
 
@@ -241,11 +202,8 @@ class Ledger:
         _validate.integer_at_least(1, server_round=server_round)
         with self._transaction() as db:
             entries = self._read(db)
-            planned = next((e for e in entries if e["kind"] == "PLAN" and e["run_id"] == run_id), None)
-            if planned is None or planned["plan_digest"] != plan.digest:
-                raise LedgerError(f"run {run_id} has not committed this plan; nothing is trained without one")
-            already = sum(e["steps"] for e in entries if e["kind"] == "RESERVE" and e["run_id"] == run_id)
-            steps = already + plan.steps_per_round
+            planned, reserved = _of_run(entries, run_id, plan)
+            steps = sum(entry["steps"] for entry in reserved) + plan.steps_per_round
             charge = plan.epsilon(max(plan.steps, steps))
             if steps > plan.steps:
                 self._refuse_over_cap(
@@ -273,6 +231,69 @@ class Ledger:
                 },
             )
         return Reservation(entry=digest, plan_digest=plan.digest, steps=plan.steps_per_round)
+
+    def reserve_adaptive(
+        self, *, run_id: str, plan: AdaptivePlan, round_plan: DpPlan, server_round: int
+    ) -> Reservation:
+        """Reserve one round's steps of a plan that was chosen just now, perhaps after looking at earlier rounds.
+
+        The filter counts all steps the run ever reserved here, as the entries hold them, so a crash forgets nothing.
+
+        Args:
+            run_id: the run's name.
+            plan: the adaptive plan the run has committed.
+            round_plan: this round's noise, rate and ``steps_per_round``; its own rounds and delta play no part.
+            server_round: the round, from 1.
+
+        Returns:
+            The reservation of ``round_plan``'s steps.
+
+        Raises:
+            BudgetExceeded: the filter does not admit the steps; nothing is written.
+            InvalidValue: ``round_plan`` protects another unit or relation than the committed plan.
+            LedgerError: the run has no such adaptive plan here.
+        """
+        _validate.integer_at_least(1, server_round=server_round)
+        promised = round_plan.as_dict()
+        _validate.one_of((plan.unit,), unit=promised["unit"])
+        _validate.one_of((plan.neighboring_relation,), neighboring_relation=promised["neighboring_relation"])
+        new = Steps(
+            noise_multiplier=round_plan.noise_multiplier,
+            sample_rate=round_plan.sample_rate,
+            steps=round_plan.steps_per_round,
+        )
+        with self._transaction() as db:
+            entries = self._read(db)
+            planned, reserved = _of_run(entries, run_id, plan)
+            spent = tuple(
+                Steps(
+                    noise_multiplier=entry["noise_multiplier"],
+                    sample_rate=Fraction(entry["sample_rate"]),
+                    steps=entry["steps"],
+                )
+                for entry in reserved
+            )
+            RdpFilter(plan, spent).spend(new)
+            digest = self._append(
+                db,
+                entries,
+                {
+                    "kind": "RESERVE",
+                    "run_id": run_id,
+                    "data_set": planned["data_set"],
+                    "plan_digest": plan.digest,
+                    "round_plan_digest": round_plan.digest,
+                    "server_round": server_round,
+                    "noise_multiplier": new.noise_multiplier,
+                    "sample_rate": f"{new.sample_rate.numerator}/{new.sample_rate.denominator}",
+                    "steps": new.steps,
+                    "steps_so_far": sum(block.steps for block in (*spent, new)),
+                    "order": plan.order,
+                    "epsilon": plan.target_epsilon,
+                    "delta": plan.delta,
+                },
+            )
+        return Reservation(entry=digest, plan_digest=round_plan.digest, steps=new.steps)
 
     def settle(self, *, run_id: str, reservation: str, outcome: str) -> str:
         """Close a reservation with what became of it; the budget stays spent in every case.
@@ -313,7 +334,7 @@ class Ledger:
         cap_epsilon: float,
         cap_delta: float,
     ) -> None:
-        others = _charges([e for e in entries if e.get("run_id") != run_id], data_set)
+        others = charges([e for e in entries if e.get("run_id") != run_id], data_set)
         epsilon_after = math.fsum([*(c.epsilon for c in others.values()), charge])
         delta_after = math.fsum([*(c.delta for c in others.values()), delta])
         if not (epsilon_after <= cap_epsilon and delta_after <= cap_delta):
@@ -337,12 +358,11 @@ class Ledger:
     def spent_in_run(self, run_id: str) -> Spent:
         """What one run has been charged."""
         entries = [e for e in self.entries() if e.get("run_id") == run_id]
-        charges = [c for name in {e["data_set"] for e in entries} for c in _charges(entries, name).values()]
-        return _total(charges)
+        return total([c for name in {e["data_set"] for e in entries} for c in charges(entries, name).values()])
 
     def spent_on(self, data_set: str) -> Spent:
         """What all runs on a data set have been charged together."""
-        return _total(list(_charges(self.entries(), self.data_set_commitment(data_set)).values()))
+        return total(list(charges(self.entries(), self.data_set_commitment(data_set)).values()))
 
     def export(self, path: Path) -> None:
         """Write all entries as JSON lines, one canonical object a line."""
@@ -350,20 +370,26 @@ class Ledger:
         path.write_bytes(b"".join(canonical_json(entry) + b"\n" for entry in self.entries()))
 
 
-def _charges(entries: list[dict[str, Any]], data_set: str) -> dict[str, Spent]:
-    """Per run, its latest charge on a data set; PLAN and RESERVE entries carry it, and it never falls."""
-    charges: dict[str, Spent] = {}
-    for entry in entries:
-        if entry["kind"] in ("PLAN", "RESERVE") and entry["data_set"] == data_set:
-            charges[entry["run_id"]] = Spent(
-                epsilon=entry["epsilon"], delta=entry["delta"], steps=entry.get("steps_so_far", 0)
-            )
-    return charges
+def _of_run(
+    entries: list[dict[str, Any]], run_id: str, plan: DpPlan | AdaptivePlan
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The run's PLAN entry, which must be this plan's, and its RESERVE entries."""
+    of_run = [entry for entry in entries if entry.get("run_id") == run_id]
+    planned = next((entry for entry in of_run if entry["kind"] == "PLAN"), None)
+    if planned is None or planned["plan_digest"] != plan.digest:
+        raise LedgerError(f"run {run_id} has not committed this plan; nothing is trained without one")
+    return planned, [entry for entry in of_run if entry["kind"] == "RESERVE"]
 
 
-def _total(charges: list[Spent]) -> Spent:
-    return Spent(
-        epsilon=math.fsum(c.epsilon for c in charges),
-        delta=math.fsum(c.delta for c in charges),
-        steps=sum(c.steps for c in charges),
-    )
+def _checked(plan: DpPlan, charge: float) -> dict[str, Any]:
+    """What a committed plan's entry says of its accountants, once they agree."""
+    steps = Steps(noise_multiplier=plan.noise_multiplier, sample_rate=plan.sample_rate, steps=plan.steps)
+    found = cross_check([steps], plan.delta)
+    if not charge >= found.pld:
+        raise PrivacyViolation(f"the plan charges epsilon {charge:.6g} for steps that cost {found.pld:.6g}")
+    check = {
+        "prv": found.prv,
+        "rdp": found.rdp if math.isfinite(found.rdp) else None,  # no number in JSON: RDP found no bound
+        **({"prv_missing": found.prv_missing} if found.prv_missing else {}),
+    }
+    return {"steps": plan.steps, "accountant": ACCOUNTANT, "cross_check": check}

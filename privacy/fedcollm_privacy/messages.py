@@ -21,6 +21,7 @@ from fedcollm_privacy.errors import InvalidValue
 
 __all__ = [
     "AdapterSpec",
+    "NoisySum",
     "OpenedSum",
     "PrivateUpdate",
     "QuantizedUpdate",
@@ -97,6 +98,9 @@ class RoundPlan:
         max_contributors: n; the grid's sum is proven not to overflow for so many.
         key_digest: SHA-256 of the round's public encryption key.
         nonce: fresh random hex, so that no two rounds share a digest.
+        release: ``update``, or ``gradient``: each site sends the noisy gradient of one step.
+        noise_multiplier: with ``gradient``, sigma of every site's plan; 0 otherwise.
+        least_honest: with ``gradient``, the h of every site's plan; 1 otherwise.
     """
 
     run_id: str
@@ -110,14 +114,23 @@ class RoundPlan:
     max_contributors: int
     key_digest: str
     nonce: str
+    release: str = "update"
+    noise_multiplier: float = 0.0
+    least_honest: int = 1
 
     def __post_init__(self) -> None:
         _validate.public_name(run_id=self.run_id)
+        _validate.one_of(("update", "gradient"), release=self.release)
+        _validate.at_least(0, noise_multiplier=self.noise_multiplier)
+        _validate.at_least(1, least_honest=self.least_honest)
         _validate.at_least(1, server_round=self.server_round, attempt=self.attempt, dimension=self.dimension)
         _validate.positive(clip=self.clip)
         _validate.in_range(4, 18, value_bits=self.value_bits)
         _validate.at_least(3, min_contributors=self.min_contributors)
         _validate.at_least(self.min_contributors, max_contributors=self.max_contributors)
+        if self.least_honest > self.min_contributors:
+            allowed = f"at most min_contributors = {self.min_contributors}: no sum is sure to hold more sites' noise"
+            raise InvalidValue("least_honest", self.least_honest, allowed)
 
     @property
     def digest(self) -> str:
@@ -161,6 +174,20 @@ class PrivateUpdate:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", _frozen(self.vector, np.float32, "vector"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoisySum:
+    """Clipped gradients of one step, summed, with the site's noise: ``grid * grid_step``, int64 [d]; stays at the site.
+
+    With distributed noise it is private only as part of a sum.
+    """
+
+    grid: Int64
+    grid_step: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", _frozen(self.grid, np.int64, "grid"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

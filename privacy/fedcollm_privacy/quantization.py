@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fedcollm_privacy.ckks_parameters import parameters_for
 from fedcollm_privacy.errors import FedCollmError, InvalidValue
-from fedcollm_privacy.messages import OpenedSum, PrivateUpdate, QuantizedUpdate, RoundPlan
+from fedcollm_privacy.messages import NoisySum, OpenedSum, PrivateUpdate, QuantizedUpdate, RoundPlan
 
-__all__ = ["clipped_fraction", "dequantize_mean", "quantize"]
+__all__ = ["clipped_fraction", "dequantize_mean", "on_grid", "quantize"]
 
 _BLOCK = 2**18
 """Coordinates handled at once, so that float64 copies of a long update never exist whole."""
@@ -54,6 +54,25 @@ def quantize(update: PrivateUpdate, plan: RoundPlan) -> QuantizedUpdate:
             )
         grid[start : start + _BLOCK] = np.rint(np.clip(block, -plan.clip, plan.clip) / plan.grid_step)
     return QuantizedUpdate(plan=plan, grid=grid)
+
+
+def on_grid(noisy: NoisySum, plan: RoundPlan) -> QuantizedUpdate:
+    """A released gradient, which was made on the round's grid: nothing is rounded or saturated any more.
+
+    Saturation after the noise would not be post-processing of a *sum*, so there is none: a coordinate off the grid's
+    range is refused.
+
+    Raises:
+        InvalidValue: the gradient is on another grid, of another length, or beyond the range.
+    """
+    parameters_for(plan.max_contributors, plan.value_bits)
+    if plan.release != "gradient" or noisy.grid_step != plan.grid_step:
+        raise InvalidValue("noisy.grid_step", noisy.grid_step, f"the round's, {plan.grid_step}, in a gradient round")
+    if noisy.grid.shape != (plan.dimension,):
+        raise InvalidValue("noisy.grid", f"{noisy.grid.shape[0]} coordinates", f"{plan.dimension}, as planned")
+    if int(np.abs(noisy.grid).max()) > plan.levels:
+        raise InvalidValue("noisy.grid", "a coordinate beyond the grid", f"at most {plan.levels} in size")
+    return QuantizedUpdate(plan=plan, grid=noisy.grid)
 
 
 def clipped_fraction(update: PrivateUpdate, plan: RoundPlan) -> float:
