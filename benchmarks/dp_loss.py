@@ -3,7 +3,7 @@
     python benchmarks/dp_loss.py --data medquad.jsonl --slm <folder> --llm <folder> [--jobs 2]
 
 FedAvg throughout: with FedCoLLM the public set D_a carries most of the result and would hide what is compared.
-Runs already finished under --work are not run again. Writes benchmarks/results/dp_loss.{md,json}.
+Runs already finished under --work are not run again. Writes benchmarks/results/dp_loss.{md,json,svg}.
 """
 
 from __future__ import annotations
@@ -80,6 +80,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     return f"Before training: {before}. Seeds {seeds}.\n\n" + "\n".join(lines) + "\n"
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss by epsilon, a line a setting: median over the seeds, bars from the best to the worst of them."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    private = [epsilon for epsilon in EPSILONS if epsilon is not None]
+    for setting in ROUNDS:
+        losses = [
+            sorted(r["after"] for r in rows if (r["setting"], r["epsilon"]) == (setting, epsilon))
+            for epsilon in private
+        ]
+        middles = [statistics.median(values) for values in losses]
+        bars = [
+            [m - v[0] for m, v in zip(middles, losses, strict=True)],
+            [v[-1] - m for m, v in zip(middles, losses, strict=True)],
+        ]
+        style = "-" if setting.startswith("distributed") else "--"
+        axes.errorbar(private, middles, yerr=bars, label=setting, marker="o", markersize=4, capsize=3, linestyle=style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(private, [f"ε = {epsilon:g}" for epsilon in private])
+    axes.set_ylabel("held-out loss of the SLM, nats per token")
+    axes.set_title("MedQuAD, FedAvg over four institutes", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Run the cells that are missing and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,8 +125,9 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "dp_loss.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     text = "# The price of DP on MedQuAD, FedAvg over four institutes\n\nHeld-out loss of the SLM, nats per token. "
-    text += table(rows)
+    text += table(rows) + "\n![Loss by epsilon](dp_loss.svg)\n"
     (RESULTS / "dp_loss.md").write_text(text)
+    plot(rows, RESULTS / "dp_loss.svg")
     sys.stdout.write(text)
 
 

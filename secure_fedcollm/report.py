@@ -150,7 +150,8 @@ def _lede(summary: Mapping[str, Any], private: bool) -> str:
         worst, unit = max(row["epsilon"] for row in rows), next(iter(rows)).get("unit")
         deltas = [row["delta"] for row in rows if row.get("delta") is not None]
         bound = f" (δ = {delta(max(deltas))})" if deltas else ""
-        text += f"No site spent more than ε = {epsilon(worst)}{bound}{f' for any one {unit}' if unit else ''}."
+        seen = " towards whoever sees sums only" if summary.get("noise") == "distributed" else ""
+        text += f"No site spent more than ε = {epsilon(worst)}{bound}{f' for any one {unit}' if unit else ''}{seen}."
     elif not private:
         text += "No noise was added and no budget was kept: what this run learned can give single records away."
     return text

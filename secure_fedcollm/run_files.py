@@ -18,6 +18,7 @@ _METRIC_VALUES = {"*": _NUMBER}
 _MODEL_METRICS = {"before": _METRIC_VALUES, "after": _METRIC_VALUES}
 _SUMMARY: Any = {
     "run_id": str, "name": str, "method": str, "private": bool, "declared": str, "note": str, "aggregation": str,
+    "noise": (str, None),
     "rounds": int, "rounds_lost": int,
     "models": {"*": {"name": str, "parameters": int, "adapter_parameters": int, "base_digest": str}},
     "slm": _MODEL_METRICS, "llm": _MODEL_METRICS,
@@ -25,7 +26,7 @@ _SUMMARY: Any = {
         "*": {
             "epsilon": (*_NUMBER, None), "delta": (*_NUMBER, None), "unit": (str, None), "steps": (int, None),
             "epsilon_budget": (*_NUMBER, None), "epsilon_cap": (*_NUMBER, None),
-            "spent_on_data_set": (*_NUMBER, None),
+            "spent_on_data_set": (*_NUMBER, None), "epsilon_one_update": (*_NUMBER, None),
         }
     },
     "bytes_per_parameter": (*_NUMBER, None), "bytes_up": (int, None), "uploaded_parameters": (int, None),

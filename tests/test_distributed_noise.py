@@ -343,7 +343,11 @@ def test_every_output_of_a_run_states_what_distributed_noise_needs(
     assert "at least 2 honest sites" in statement["trust_model"]
     assert "opened sums" in statement["claim"]
     assert "at least 2 honest sites" in (out / "slm_adapter" / "README.md").read_text()
-    assert "PRIVATE IN SUMS" in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert "PRIVATE IN SUMS" in report
+    assert "ε of one update" in report
+    assert "a share of the noise" in report
+    assert "towards whoever sees sums only" in report
     plans = [site["plan"] for site in statement["sites"].values()]
     assert {(p["noise"], p["least_honest"], p["release"]) for p in plans} == {("distributed", 2, "gradient")}
     # Unequal sites, equal noise: each relies on the shares of the others.

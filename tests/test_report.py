@@ -30,6 +30,7 @@ def a_summary() -> dict[str, Any]:
         "method": "fedcollm",
         "private": True,
         "declared": "synthetic",
+        "noise": "local",
         "note": "Embedded default.",
         "rounds": 6,
         "rounds_lost": 1,
@@ -50,7 +51,7 @@ def a_summary() -> dict[str, Any]:
         },
         "sites": {
             site: {"epsilon": e, "delta": 1e-5, "unit": "person", "steps": 120 - 20 * (i == 3), "epsilon_budget": 8.0,
-                   "epsilon_cap": 20.0, "spent_on_data_set": e + 3 * i}
+                   "epsilon_cap": 20.0, "spent_on_data_set": e + 3 * i, "epsilon_one_update": 2 * e}
             for i, (site, e) in enumerate(zip(SITES, spent, strict=True))
         },
         "bytes_per_parameter": 8.0,
