@@ -16,10 +16,12 @@ lint: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# make bench DATA=medquad.jsonl SLM=<folder> LLM=<folder> adds the MedQuAD table.
+# make bench DATA=medquad.jsonl SLM=<folder> LLM=<folder> adds the MedQuAD tables.
 bench: .venv/.installed
 	$(BIN)/python benchmarks/secure_sum.py
+	$(BIN)/python benchmarks/dp_step.py
 	$(if $(DATA),$(BIN)/python benchmarks/medquad.py --data $(DATA) --slm $(SLM) --llm $(LLM))
+	$(if $(DATA),$(BIN)/python benchmarks/dp_loss.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; try: make PYTHON=python3.11")'

@@ -45,6 +45,14 @@ PEER_SHAPES = [(16, 128), (64, 128)]
 OURS = ("plain, B only", "ours, B only", "plain, A and B", "ours, A and B")
 PEERS = ("Opacus hooks", "Opacus functorch", "Opacus ghost")
 Step = Callable[[], None]
+_IMPORTED = [
+    "opacus",
+    "peft",
+    "fedcollm_privacy.dp_sgd",
+    "secure_fedcollm.losses",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def model_of(family: str, both: bool, device: str) -> torch.nn.Module:
@@ -211,12 +219,12 @@ def _peak(name: str, family: str, shape: tuple[int, int], device: str, answer: A
 
 
 def peak_mib(name: str, family: str, shape: tuple[int, int], device: str) -> float:
-    """Median of three processes: what the allocator keeps differs by a tenth from one to the next."""
-    # On a CPU, forked from a process that has imported this file: saves the imports. CUDA does not survive a fork.
+    """Median of three processes for small batches, where what the allocator keeps differs by a tenth between them."""
+    # On a CPU, forked from a process that has done the imports. CUDA does not survive a fork.
     context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
-    context.set_forkserver_preload(["__main__"])
+    context.set_forkserver_preload(_IMPORTED)
     peaks = []
-    for _ in range(3):
+    for _ in range(3 if shape[0] * shape[1] <= 4096 else 1):
         answer: Any = context.Queue()
         process = context.Process(target=_peak, args=(name, family, shape, device, answer))
         process.start()

@@ -304,7 +304,8 @@ def _statement(parts: Assembly, folder: RunFolder) -> dict[str, Any]:
         if distributed
         else "local to each site: it needs an honest site, and nothing of server, key holder or other sites",
         "views": "per site below; with several local steps a round both are equal, because inside them the noise of "
-        "the other sites is absent; the claim and the ledger's charge are "
+        f"the other sites is absent; released gradients are counted in sums with the noise of {privacy.least_honest} "
+        "honest sites; the claim and the ledger's charge are "
         + ("those of who sees sums only" if distributed else "those of who sees every update"),
         "accounting": {
             "accountant": ACCOUNTANT,
