@@ -345,7 +345,8 @@ class Config:
             gradient or noise == "local",
             "privacy.noise",
             noise,
-            "local, or federation.release=gradient beside it: only one-step rounds add the sites' noise up",
+            "local, or federation.release=gradient beside it (privacy=distributed sets both): only one-step rounds add "
+            "the sites' noise up",
         )
         if not gradient:
             return

@@ -219,6 +219,8 @@ def test_a_gradient_off_the_rounds_grid_is_refused(adapted: AdaptedModel, secure
     on_grid(NoisySum(grid=grid, grid_step=plan.grid_step), plan)
     with pytest.raises(InvalidValue, match="grid_step"):
         on_grid(NoisySum(grid=grid, grid_step=2 * plan.grid_step), plan)
+    with pytest.raises(InvalidValue, match="in a gradient round"):
+        on_grid(NoisySum(grid=grid, grid_step=plan.grid_step), replace(plan, release="update"))
     with pytest.raises(InvalidValue, match="coordinates"):
         on_grid(NoisySum(grid=grid[1:], grid_step=plan.grid_step), plan)
     beyond = grid.copy()
@@ -342,6 +344,8 @@ def test_every_output_of_a_run_states_what_distributed_noise_needs(
     assert "at least 2 honest sites" in summary["note"]
     assert "at least 2 honest sites" in statement["trust_model"]
     assert "opened sums" in statement["claim"]
+    each_update = next(claim for claim in summary["claims"] if claim["claim"].startswith("Each site's update"))
+    assert each_update["holds"] is False
     assert "at least 2 honest sites" in (out / "slm_adapter" / "README.md").read_text()
     report = (out / "report.html").read_text()
     assert "PRIVATE IN SUMS" in report
@@ -379,6 +383,7 @@ def test_local_noise_may_release_gradients_too(launch: Callable[..., dict[str, A
         assert views["one_update_seen"] == row["epsilon"] <= 8.0
         assert views["only_sums_and_models_seen"] < row["epsilon"]
     assert "single upload" not in summary["note"]
+    assert summary["claims"][0]["holds"] is True
 
 
 def test_a_seeded_run_repeats_itself_and_says_not_private_everywhere(

@@ -24,10 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from fedcollm_privacy.clipping import RecordLoss
 from fedcollm_privacy.clipping import clipped_sum as shipped_clipped_sum
-from fedcollm_privacy.dp_sgd import noisy_sum, run_private_steps
-from fedcollm_privacy.errors import PrivacyViolation
+from fedcollm_privacy.dp_sgd import noisy_sum, release_private_gradient, run_private_steps
+from fedcollm_privacy.errors import PrivacyViolation, ProtocolError
 from fedcollm_privacy.independence import Independence
 from fedcollm_privacy.ledger import Reservation
+from fedcollm_privacy.messages import NoisySum, RoundPlan
 from fedcollm_privacy.per_sample import per_sample_gradients
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
@@ -472,6 +473,17 @@ def test_half_precision_adapters_are_clipped_and_summed_in_float32() -> None:
         assert clipped_sum(model, loss, singles(count), chosen, split).item() == pytest.approx(count / 256, rel=1 / 256)
 
 
+def test_gradients_of_half_precision_layers_are_not_rounded_before_they_are_clipped() -> None:
+    model = nn.Linear(2, 3, bias=False).to(torch.bfloat16)
+    # The sum over tokens, 1 + 2^-8, is no bfloat16 number.
+    x = torch.tensor([[[1.0, 0.0], [2.0**-8, 0.0]]], dtype=torch.bfloat16)
+    with per_sample_gradients(model, 1):
+        torch.autograd.backward(model(x).float().sum())
+    sample: torch.Tensor = model.weight.grad_sample  # type: ignore[attr-defined]
+    assert sample.dtype == torch.float32
+    assert (sample[0, :, 0] == 1 + 2.0**-8).all()
+
+
 def test_a_step_whose_generator_broke_is_refused() -> None:
     class Frozen:
         """A generator that is stuck, weak, or silent."""
@@ -529,6 +541,18 @@ def test_noise_finer_than_the_lattice_allows_is_refused() -> None:
         )
 
 
+def test_a_lattice_that_rounding_alone_would_fill_is_refused() -> None:
+    """Half its diagonal is kept free of C; where that takes more than half of C, little signal would be left."""
+    model = nn.Linear(20, 20, bias=False)
+    loss = square_loss(model, (torch.ones(1, 20), torch.zeros(1, 20)))
+    fields: dict[str, Any] = {"model": model, "plan": plan(), "units": [[0]], "record_loss": loss}
+    longest = 0.5 * 0.7 / (math.sqrt(400) / 2 + 1)
+    summed = shipped_clipped_sum(physical_batches=whole, grid_step=0.99 * longest, **fields)
+    assert 0 < np.linalg.norm(summed.grid * summed.grid_step) <= 0.7
+    with pytest.raises(PrivacyViolation, match="too coarse"):
+        shipped_clipped_sum(physical_batches=whole, grid_step=1.01 * longest, **fields)
+
+
 def test_a_seeded_stream_serves_only_a_plan_that_says_so() -> None:
     model = Net()
     seeded, secret = SecureRandom.insecure_for_tests(1, "a test"), SecureRandom()
@@ -564,6 +588,20 @@ def test_a_layer_that_merges_records_with_tokens_is_refused() -> None:
 
     model = Strange()
     refuse(model, square_loss(model, records(6)), singles(6), plan(), "cannot be told")
+
+
+@pytest.mark.parametrize("tokens", [3, 8, 1])
+def test_a_layer_that_sees_time_before_records_is_refused(tokens: int) -> None:
+    """Its first axis would be taken for the records, and one record's gradient would be spread over all rows."""
+
+    class TimeFirst(Net):
+        def forward(self, x_BI: torch.Tensor) -> torch.Tensor:
+            hidden_TBH = self.first(x_BI.expand(tokens, *x_BI.shape))
+            out: torch.Tensor = self.last(torch.tanh(hidden_TBH.transpose(0, 1))).mean(1)
+            return out
+
+    model = TimeFirst()
+    refuse(model, square_loss(model, records(4)), singles(4), plan(), "cannot be told")
 
 
 @pytest.mark.parametrize("targets", [["fc1"], ["fc2"], ["fc1", "fc2", "q_proj", "v_proj"]])
@@ -867,3 +905,135 @@ def test_an_interrupt_between_physical_batches_leaves_no_partial_sum() -> None:
         clipped_sum(model, second_breaks, singles(4), plan(), one_by_one)
     assert_nothing_left(model)
     assert_close(clipped_sum(model, loss, singles(4), plan(), one_by_one), expected)
+
+
+# ---------------------------------------------------------------- released gradients
+
+
+def gradient_plan(**changes: Any) -> DpPlan:
+    fields = {"noise_multiplier": 2.0, "release": "gradient", "noise": "distributed", "least_honest": 4}
+    return plan(**(fields | {"steps_per_round": 1} | changes))
+
+
+def round_of(chosen: DpPlan, model: nn.Module, **changes: Any) -> RoundPlan:
+    fields: dict[str, Any] = {
+        "run_id": "run",
+        "server_round": 1,
+        "attempt": 1,
+        "spec_digest": "0" * 64,
+        "dimension": sum(p.numel() for p in trainable(model)),
+        "clip": chosen.gradient_clip,
+        "value_bits": 18,
+        "min_contributors": 4,
+        "max_contributors": 5,
+        "key_digest": "0" * 64,
+        "nonce": "00",
+        "release": "gradient",
+        "noise_multiplier": chosen.noise_multiplier,
+        "least_honest": chosen.least_honest,
+    }
+    return RoundPlan(**(fields | changes))
+
+
+def release(model: nn.Module, chosen: DpPlan, paid: Reservation, **changes: Any) -> NoisySum:
+    fields: dict[str, Any] = {
+        "flatten_as": trainable(model),
+        "round_plan": round_of(chosen, model),
+        "independence": Independence(model=model),
+        "records_of_unit": singles(8),
+        "record_loss": square_loss(model, records(8)),
+        "physical_batches": whole,
+        "random": SecureRandom(),
+    }
+    return release_private_gradient(model=model, plan=chosen, reservation=paid, **(fields | changes))
+
+
+@pytest.mark.parametrize("expected_batch_size", [4, 48])
+def test_a_sum_beyond_the_rounds_range_is_projected_before_the_noise(expected_batch_size: int) -> None:
+    """Saturation after the noise would tell where the sum lies, and without any a far sum would not fit the grid."""
+    model = nn.Linear(40, 1, bias=False)
+    chosen = gradient_plan(expected_batch_size=expected_batch_size, randomness="insecure_test_seed")
+    # Coordinates 0 and 1 of every record's gradient are +-C / sqrt(2): 99 records sum to 70 C a coordinate.
+    x = torch.zeros(99, 40)
+    x[:, 0], x[:, 1] = 1e6, -1e6
+    loss = square_loss(model, (x, torch.full((99, 1), -1e6)))
+    asked = round_of(chosen, model)
+    noise, one, all_of_them = (
+        noisy_sum(
+            model=model,
+            plan=chosen,
+            units=singles(units),
+            record_loss=loss,
+            physical_batches=whole,
+            random=SecureRandom.insecure_for_tests(1, "the same noise"),
+            round_plan=asked,
+        ).grid
+        for units in (0, 1, 99)
+    )
+    c = 0.7 / asked.grid_step
+    assert (one - noise)[:2] == pytest.approx([c / math.sqrt(2), -c / math.sqrt(2)], rel=1e-3)
+    box = c * max(1.0, expected_batch_size / 16)  # as `DpPlan.gradient_clip` promises
+    assert (all_of_them - noise)[:2] == pytest.approx([box, -box], rel=1e-3)
+    assert not (all_of_them - noise)[2:].any()
+
+
+def test_a_gradient_is_released_once_of_one_step_for_its_own_round_and_model() -> None:
+    """What is refused before the reservation is taken leaves it; what was paid for once is made once."""
+    model, chosen = Net(), gradient_plan()
+    paid = Reservation(entry="0" * 64, plan_digest=chosen.digest, steps=1)
+    for changes in ({"noise_multiplier": 1.0}, {"least_honest": 3}, {"clip": chosen.gradient_clip / 2}):
+        with pytest.raises(ProtocolError, match=next(iter(changes))):
+            release(model, chosen, paid, round_plan=round_of(chosen, model, **changes))
+    with pytest.raises(PrivacyViolation, match="another model"):
+        release(model, chosen, paid, independence=Independence(model=Net()))
+    with pytest.raises(PrivacyViolation, match="other parameters"):
+        release(model, chosen, paid, flatten_as=trainable(Net()))
+    with pytest.raises(PrivacyViolation, match="reservation is for more"):
+        release(model, chosen, Reservation(entry="0" * 64, plan_digest=chosen.digest, steps=2))
+    assert release(model, chosen, paid).grid.any()
+    with pytest.raises(PrivacyViolation, match="once"):
+        release(model, chosen, paid)
+    assert_nothing_left(model)
+
+
+def test_a_plan_is_carried_out_only_in_its_own_way_of_release() -> None:
+    """Local steps under a plan with distributed noise would hold a share of the noise and be charged as if all."""
+    model, chosen = Net(), gradient_plan()
+    before = flat(model.parameters())
+    with pytest.raises(PrivacyViolation, match="releases gradients"):
+        run(model, chosen)
+    assert torch.equal(flat(model.parameters()), before)
+    local = plan(noise_multiplier=2.0, steps_per_round=1)
+    with pytest.raises(PrivacyViolation, match="does not release gradients"):
+        release(
+            model,
+            local,
+            Reservation(entry="0" * 64, plan_digest=local.digest, steps=1),
+            round_plan=round_of(chosen, model),
+        )
+
+
+def test_a_released_gradient_is_taken_in_training_mode_as_the_model_was_tested() -> None:
+    model, chosen, modes = Net().eval(), gradient_plan(), []
+    loss = square_loss(model, records(8))
+
+    def noting(wanted: Sequence[int]) -> torch.Tensor:
+        modes.append(model.training)
+        return loss(wanted)
+
+    release(model, chosen, Reservation(entry="0" * 64, plan_digest=chosen.digest, steps=1), record_loss=noting)
+    assert modes == [True]
+    assert not model.training
+
+
+def test_a_released_gradient_lies_in_the_order_that_was_asked_for() -> None:
+    model, chosen = Net(), gradient_plan(randomness="insecure_test_seed")
+
+    def released_as(order: list[nn.Parameter]) -> list[np.ndarray[Any, Any]]:
+        paid = Reservation(entry="0" * 64, plan_digest=chosen.digest, steps=1)
+        random = SecureRandom.insecure_for_tests(1, "the same noise")
+        grid = release(model, chosen, paid, flatten_as=order, random=random).grid
+        return np.split(grid, np.cumsum([p.numel() for p in order])[:-1])
+
+    for one, two in zip(released_as(trainable(model)), released_as(trainable(model)[::-1])[::-1], strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -71,6 +71,13 @@ class BatchMean(nn.Module):
         return hidden_BTH - hidden_BTH.mean((0, 1))
 
 
+class SlightBatchMean(nn.Module):
+    """A little in-batch centring: 1 % of each of 100 other records is a whole C once more."""
+
+    def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        return hidden_BTH - 0.03 * hidden_BTH.mean((0, 1))
+
+
 class Shuffled(nn.Module):
     """Hands its rows to the trainable layer in another order and back: a function of each record alone, and yet the
     layer's rows are not the records' rows."""
@@ -123,6 +130,17 @@ def mean_over_padded_length(model: nn.Module) -> Loss:
     return lambda records: token_losses(model, records)[0].mean(1)
 
 
+def mean_over_long_padding(model: nn.Module) -> Loss:
+    """Sound up to the usual length, as with caches and kernels that are chosen by length."""
+
+    def losses_B(records: Sequence[int]) -> torch.Tensor:
+        losses_BT, is_target_BT = token_losses(model, records)
+        long = losses_BT.shape[1] > max(LENGTHS[:5])
+        return losses_BT.mean(1) if long else losses_BT.sum(1) / is_target_BT.sum(1)
+
+    return losses_B
+
+
 def padded_on_the_left(model: nn.Module) -> Loss:
     """Without an attention mask the padding is read like text."""
 
@@ -131,6 +149,9 @@ def padded_on_the_left(model: nn.Module) -> Loss:
         return losses_BT.sum(1) / is_target_BT.sum(1)
 
     return losses_B
+
+
+LOSSES = [mean_over_the_batch, mean_over_padded_length, mean_over_long_padding, padded_on_the_left]
 
 
 def test_the_probes_are_as_many_as_the_test_asks_for() -> None:
@@ -145,14 +166,16 @@ def test_sound_models_pass(between: nn.Module) -> None:
     prove_independence(model, sound(model)).require(model)
 
 
-@pytest.mark.parametrize("between", [OverBatch(), Capacity(), BatchMean()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "between", [OverBatch(), Capacity(), BatchMean(), SlightBatchMean()], ids=lambda m: type(m).__name__
+)
 def test_layers_that_mix_records_are_refused(between: nn.Module) -> None:
     model = Tokens(between)
     with pytest.raises(PrivacyViolation, match="differs by"):
         prove_independence(model, sound(model))
 
 
-@pytest.mark.parametrize("loss", [mean_over_the_batch, mean_over_padded_length, padded_on_the_left])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_losses_that_know_the_rest_of_the_batch_are_refused(loss: Callable[[nn.Module], Loss]) -> None:
     model = Tokens(nn.Identity())
     with pytest.raises(PrivacyViolation, match="differs by"):

@@ -29,7 +29,7 @@ from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
 from secure_fedcollm.tokenization import Batch, TokenDataset
-from secure_fedcollm.training import LocalTraining
+from secure_fedcollm.training import LocalTraining, Paid
 
 DP_PLAN = DpPlan(
     unit="record",
@@ -336,6 +336,35 @@ def test_a_round_with_the_same_data_never_repeats_its_update(
         torch.manual_seed(0)
         site.handle("train", request(adapted, context, broadcast, attempt=attempt, nonce=str(attempt)))
     assert (vectors[0] == vectors[1]).mean() < 0.1
+
+
+def test_a_seeded_site_repeats_no_stream_and_never_calls_itself_private(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One seed for a whole run is not one noise: equal noise at two sites, rounds or attempts would cancel out."""
+    paid: list[Paid] = []
+
+    def noting(**arguments: Any) -> Any:
+        paid.append(arguments["paid"])
+        raise FedCollmError("far enough")
+
+    monkeypatch.setattr("secure_fedcollm.site.train_private", noting)
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    branded = dataclasses.replace(DP_PLAN, randomness="insecure_test_seed")
+    told = []
+    for name, server_round, attempt in (("north", 1, 1), ("south", 1, 1), ("north", 2, 1), ("north", 1, 2)):
+        ledger = Ledger(tmp_path / f"{name}-seeded.sqlite", name)
+        ledger.commit_plan(run_id="run", data_set="notes", plan=branded, cap_epsilon=1e3, cap_delta=0.1)
+        site = make(name, budget=PrivateBudget(plan=branded, ledger=ledger, test_seed=0))
+        refused(site, request(adapted, context, server_round=server_round, attempt=attempt))
+        told.append(decode(site.handle("settle", receipt("lost")), Settlement))
+    assert len({p.random.normals(1)[0] for p in paid}) == 4
+    assert all(p.random.seeded for p in paid)
+    assert {(s.private, s.epsilon, s.charged) for s in told} == {(False, -1.0, -1.0)}
 
 
 def test_settling_closes_the_reservation_once_and_reports_the_ledger(
