@@ -107,13 +107,18 @@ def _row(
         "llm": llm,
         "sites": sites,
         "distillation": None if result.co_tuning is None else asdict(result.co_tuning),
-        "epsilon": {s.site: s.epsilon for s in result.settlements if s.private} or dict.fromkeys(parts.ledgers, 0.0),
+        "epsilon": {s.site: s.epsilon for s in result.settlements if s.private} or _nothing_spent(parts, result),
         "bytes_up": result.bytes_up,
         "sum_norm": result.sum_norm,
         "clipped_fraction": max((s.clipped_fraction for s in result.settlements), default=None),
         "observed": _observed(parts),
         "seconds": {"since_start": spent},
     }
+
+
+def _nothing_spent(parts: Assembly, result: RoundOutcome) -> dict[str, float]:
+    """Zeros before the first round of a private run; no number where no site told one."""
+    return dict.fromkeys(parts.ledgers, 0.0) if result.outcome == "before" and parts.config.guaranteed else {}
 
 
 def _observed(parts: Assembly) -> dict[str, dict[str, float]]:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from fedcollm_privacy.ckks import PublicContext, seal
 from fedcollm_privacy.dp_sgd import Observation, require_agreement
 from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError, ProtocolError, SiteFailed
-from fedcollm_privacy.independence import Independence
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import (
     PrivateUpdate,
@@ -104,7 +103,6 @@ class Site:
         self._finished = True  # whether what the open reservation paid for was made
         self._clipped_fraction = 0.0
         self._seen: set[str] = set()
-        self._independence: Independence | None = None
         self.observations: list[Observation] = []
 
     def handle(self, operation: str, body: bytes) -> bytes:
@@ -182,12 +180,11 @@ class Site:
         return on_grid(noisy, plan)
 
     def _pay(self, server_round: int, attempt: int) -> Paid:
-        """Test the model once, then reserve the round's steps."""
+        """Test the model with the adapter of this round, which the server chose, then reserve the round's steps."""
         if isinstance(self._budget, NonPrivate):
             raise ProtocolError("a site without a privacy plan has nothing to reserve")
         budget = self._budget
-        if self._independence is None:
-            self._independence = prove_records_independent(self._adapted, self._spec, self._tokens.pad_token_id)
+        independence = prove_records_independent(self._adapted, self._spec, self._tokens.pad_token_id)
         reservation = budget.ledger.reserve(run_id=self._run_id, plan=budget.plan, server_round=server_round)
         self._open, self._finished, self._clipped_fraction = reservation.entry, False, 0.0
         self.observations.clear()
@@ -196,7 +193,7 @@ class Site:
         return Paid(
             plan=budget.plan,
             reservation=reservation,
-            independence=self._independence,
+            independence=independence,
             random=SecureRandom.insecure_for_tests(budget.test_seed or 0, purpose) if seeded else SecureRandom(),
             observe=self.observations.append if budget.observable else None,
         )

@@ -473,6 +473,19 @@ def test_half_precision_adapters_are_clipped_and_summed_in_float32() -> None:
         assert clipped_sum(model, loss, singles(count), chosen, split).item() == pytest.approx(count / 256, rel=1 / 256)
 
 
+def test_half_precision_models_take_one_unit_at_a_time() -> None:
+    model = nn.Linear(6, 3, bias=False).to(torch.bfloat16)
+    x, y = records(4)
+    sizes: list[int] = []
+
+    def loss(chosen: Sequence[int]) -> torch.Tensor:
+        sizes.append(len(chosen))
+        return (model(x[list(chosen)].to(torch.bfloat16)).float() - y[list(chosen)]).square().mean(1)
+
+    clipped_sum(model, loss, [[0, 1], [2], [3]], person_plan(2))
+    assert sizes == [2, 1, 1]
+
+
 def test_gradients_of_half_precision_layers_are_not_rounded_before_they_are_clipped() -> None:
     model = nn.Linear(2, 3, bias=False).to(torch.bfloat16)
     # The sum over tokens, 1 + 2^-8, is no bfloat16 number.

@@ -229,7 +229,7 @@ def test_a_spent_budget_declines_before_any_gradient(
     before = ledger_of(tmp_path).entries()
     failure = refused(site, request(adapted, context, server_round=3))
     assert failure.code == "declined"
-    assert not forwards
+    assert len(forwards) == 7, "the self-test on made-up records, and nothing after it"
     assert ledger_of(tmp_path).entries() == before
 
 
@@ -245,8 +245,32 @@ def test_a_reservation_is_on_disk_before_the_first_gradient(
     site.handle("train", request(adapted, context))  # before the first round the model is tested on made-up records
     adapted.model.register_forward_pre_hook(lambda *_: seen.append(kinds(tmp_path)))
     site.handle("train", request(adapted, context, server_round=2))
-    assert seen
-    assert all(entries == ["PLAN", "RESERVE", "RESERVE"] for entries in seen)
+    tests_of_the_model = [i for i, entries in enumerate(seen) if entries == ["PLAN", "RESERVE"]]
+    # Every round's adapter is tested on made-up records (7 passes) before the reservation, and nothing else is read.
+    assert tests_of_the_model == list(range(7))
+    assert len(seen) > 7
+    assert all(entries == ["PLAN", "RESERVE", "RESERVE"] for entries in seen[7:])
+
+
+def test_the_model_is_tested_with_every_rounds_adapter(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server chooses it: what passed in the first round may mix records in the second (8 C were measured)."""
+    context = secure_sum.begin(contributors=3, value_bits=13)
+    site = make()
+    site.handle("train", request(adapted, context))
+
+    def mixing(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+        return logits.square().mean((1, 2)) * logits.square().mean()
+
+    monkeypatch.setattr("secure_fedcollm.training.per_record_loss", mixing)
+    assert refused(site, request(adapted, context, server_round=2)).code == "failed"
+    assert kinds(tmp_path).count("RESERVE") == 1
 
 
 def test_records_are_not_read_before_the_model_has_passed_its_test(
@@ -395,14 +419,21 @@ def test_settling_closes_the_reservation_once_and_reports_the_ledger(
 
 
 def test_a_diverged_site_says_so_and_its_reservation_stays_spent(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    secure_sum: CkksSum,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     context = secure_sum.begin(contributors=3, value_bits=13)
     before = adapted.read()
     # A learning rate that carries coordinates beyond float32 (their gradients are noise only: NaN counts as zero).
     edge = np.full_like(before, 3.3e38)
+    # The self-test would refuse such a broadcast; here the divergence is to come in the training.
+    monkeypatch.setattr(
+        "secure_fedcollm.site.prove_records_independent", lambda tested, *_: Independence(model=tested.model)
+    )
     site = make(learning_rate=3e37)
-    site._independence = Independence(model=adapted.model)  # as after a round that went well
     failure = refused(site, request(adapted, context, edge))
     assert failure.code == "diverged"
     assert str(failure) == "site north: diverged"
