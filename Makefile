@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint bench clean
+.PHONY: run test fuzz lint bench clean
 
 run: .venv/.installed
 	$(BIN)/fedcollm run
 
 test: lint
 	$(BIN)/python -m pytest
+
+# A hundred thousand hostile uploads and messages; `make test` sends ten thousand.
+fuzz: .venv/.installed
+	FEDCOLLM_FUZZ=100000 $(BIN)/python -m pytest tests/test_hostile_uploads.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -19,6 +23,7 @@ lint: .venv/.installed
 # make bench DATA=medquad.jsonl SLM=<folder> LLM=<folder> adds the MedQuAD tables.
 bench: .venv/.installed
 	$(BIN)/python benchmarks/secure_sum.py
+	$(BIN)/python benchmarks/compressed_uploads.py
 	$(BIN)/python benchmarks/dp_step.py
 	$(if $(DATA),$(BIN)/python benchmarks/medquad.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 	$(if $(DATA),$(BIN)/python benchmarks/dp_loss.py --data $(DATA) --slm $(SLM) --llm $(LLM))

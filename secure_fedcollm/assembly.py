@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fedcollm_privacy.aggregator import Aggregator
+from fedcollm_privacy.contributor import Contributor, SumPolicy
 from fedcollm_privacy.decryptor import Decryptor
 from fedcollm_privacy.errors import ConfigError
+from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.plan import DpPlan, calibrate
-from fedcollm_privacy.secure_sum import CkksSum
+from fedcollm_privacy.roster import Roster
+from fedcollm_privacy.round_journal import RoundJournal
+from fedcollm_privacy.secure_sum import MaskedSum
 from secure_fedcollm import data as federation_data
 from secure_fedcollm.config import Config
 from secure_fedcollm.data import FederationData, SiteData
@@ -93,10 +98,12 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
             )
             step()
         plans = _plans(config, tokens)
+        parties = _parties(config, folder, tuple(tokens))
         for name in tokens:
             data_sets[name] = _data_set_name(config, name)
+            contributor = _contributor(config, folder, parties, name)
             site, ledger = _site(
-                config, folder, progress, name, tokens[name], site_model, plans.get(name), data_sets[name]
+                config, folder, progress, contributor, tokens[name], site_model, plans.get(name), data_sets[name]
             )
             sites.append(site)
             if ledger is not None:
@@ -112,14 +119,26 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         llm=llm,
         public_tokens=public_tokens,
         sites=len(sites),
+        roster_digest=parties.roster.digest,
+        terms=next((plan.terms for plan in plans.values()), None),
         gradient_plan=next(iter(plans.values())) if config.federation.release == "gradient" else None,
         progress=progress,
     )
+    transcript = Transcript(folder.path / "transcript.jsonl")
+    transport = InProcessTransport({site.name: site.handle for site in sites})
     federation = Federation(
         server=server,
-        transport=InProcessTransport({site.name: site.handle for site in sites}),
-        secure_sum=CkksSum(Aggregator(), Decryptor()),
-        transcript=Transcript(folder.path / "transcript.jsonl"),
+        transport=transport,
+        secure_sum=MaskedSum(
+            aggregator=Aggregator(),
+            decryptor=Decryptor(parties.roster),
+            key=parties.server,
+            roster=parties.roster,
+            channel=transport,
+            witness=transcript.record,
+        ),
+        transcript=transcript,
+        keep=folder.keep_opened,
         sites=tuple(sites),
     )
     alone = {} if config.federation.exchange == "secure_sum" else {s.name: site_model.read() for s in sites}
@@ -146,6 +165,8 @@ def _check_sites(config: Config, data: FederationData) -> None:
             len(data.sites),
             f"at least federation.min_contributors = {federation.min_contributors} sites with data",
         )
+    if federation.exchange == "secure_sum":
+        config.secure_sum.threshold_of(len(data.sites))
 
 
 def _pooled(data: FederationData) -> FederationData:
@@ -246,17 +267,58 @@ def _plans(config: Config, tokens: dict[str, TokenDataset]) -> dict[str, DpPlan]
     return {name: replace(plan, noise_multiplier=most) for name, plan in plans.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parties:
+    server: SigningKey
+    sites: dict[str, SigningKey]
+    roster: Roster
+
+
+def _parties(config: Config, folder: RunFolder, names: tuple[str, ...]) -> _Parties:
+    """Identities for a run in one process tree: made anew at every start, kept in memory, gone with it.
+
+    Roles that share a machine need no keys against each other; they sign all the same, so that the code is that of
+    sites on machines of their own and the transcript can be checked. Their roster lies in the run's folder.
+    """
+    server, sites = SigningKey.generate("server"), {name: SigningKey.generate(name) for name in sorted(names)}
+    # A roster has three sites at least; the baselines without exchange may have fewer, and use none of it.
+    while len(sites) < 3:
+        sites[f"absent-{len(sites)}"] = SigningKey.generate(f"absent-{len(sites)}")
+    roster = Roster(
+        federation=folder.run_id,
+        server=server.public,
+        sites=tuple(sites[name].public for name in sorted(sites)),
+        valid_until=int(time.time()) + 10 * 365 * 86_400,
+    )
+    if config.federation.exchange == "secure_sum":
+        (folder.path / "rosters").mkdir(exist_ok=True)
+        (folder.path / "rosters" / f"{roster.digest[:16]}.json").write_bytes(roster.to_bytes())
+    return _Parties(server=server, sites=sites, roster=roster)
+
+
+def _contributor(config: Config, folder: RunFolder, parties: _Parties, name: str) -> Contributor:
+    return Contributor(
+        key=parties.sites[name],
+        roster=parties.roster,
+        policy=SumPolicy(
+            min_contributors=max(config.federation.min_contributors, config.secure_sum.max_colluding + 2),
+            max_colluding=config.secure_sum.max_colluding,
+        ),
+        journal=RoundJournal(_ledger_dir(config, folder) / f"{name}.rounds.sqlite"),
+    )
+
+
 def _site(
     config: Config,
     folder: RunFolder,
     progress: RunProgress,
-    name: str,
+    contributor: Contributor,
     tokens: TokenDataset,
     adapted: AdaptedModel,
     plan: DpPlan | None,
     data_set: str,
 ) -> tuple[Site, Ledger | None]:
-    privacy, federation = config.privacy, config.federation
+    privacy, federation, name = config.privacy, config.federation, contributor.name
     budget: PrivateBudget | NonPrivate
     if privacy is None or plan is None:
         budget = NonPrivate(
@@ -280,14 +342,13 @@ def _site(
             test_seed=privacy.insecure_test_seed,
         )
     site = Site(
-        name=name,
+        contributor=contributor,
         run_id=folder.run_id,
         adapted=adapted,
         tokens=tokens,
         aggregation=config.adapter.aggregation,
         budget=budget,
         how=LocalTraining(learning_rate=federation.learning_rate, batch_tokens=federation.batch_tokens),
-        min_contributors=federation.min_contributors,
         progress=progress,
     )
     return site, budget.ledger if isinstance(budget, PrivateBudget) else None

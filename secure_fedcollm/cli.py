@@ -20,6 +20,7 @@ from rich.table import Table
 
 from fedcollm_privacy.errors import ConfigError, FedCollmError, LedgerError
 from secure_fedcollm.config import Config
+from secure_fedcollm.keys_cli import keys_app
 from secure_fedcollm.strict_build import build
 
 __all__ = ["app", "compose_config", "main"]
@@ -27,6 +28,7 @@ __all__ = ["app", "compose_config", "main"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 ledger_app = typer.Typer(no_args_is_help=True, help="Look at a site's privacy ledger.")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(keys_app, name="keys")
 
 
 def _config_folder() -> Path:

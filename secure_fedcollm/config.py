@@ -1,8 +1,8 @@
 """The configuration as frozen dataclasses.
 
 Hydra only composes YAML (``cli.py``); nothing here knows it. ``strict_build.build`` refuses unknown and missing fields,
-wrong types, NaN and values out of range, each with the field's full path. Privacy settings have no default here:
-they stand in ``configs/privacy/*.yaml`` where a reviewer reads them.
+wrong types, NaN and values out of range, each with the field's full path. What protects the sites stands in
+`privacy_config`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from secure_fedcollm.privacy_config import PrivacyConfig, SecureSumConfig
 from secure_fedcollm.strict_build import check
 
 __all__ = [
@@ -125,58 +126,6 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrivacyConfig:
-    """What each site may spend in this run, and on its data set over all runs.
-
-    Attributes:
-        epsilon: the run's budget per site; sigma is calibrated to it for all rounds together.
-        delta: the run's delta; at most 1e-5, and at most 1/(10 N) at every site.
-        max_grad_norm: C, the L2 bound on one unit's gradient.
-        expected_batch_size: expected number of units in a logical batch.
-        unit: what one unit of privacy is; ``person`` needs ``data.unit_field``.
-        max_records_per_unit: at most so many records of one person enter one step.
-        clipping: ``flat`` shortens what is longer than C; ``automatic`` normalises every unit's gradient to about C.
-        noise: ``local``: each site's own noise carries the whole guarantee. ``distributed``: each site adds a share,
-            and the guarantee is that of sums (needs ``federation.release=gradient``).
-        least_honest: h, the fewest honest sites that any opened sum holds, a site itself among them; at most
-            ``federation.min_contributors``, less those that might collude.
-        cap_epsilon: the data set's cap over all runs, kept by the ledger.
-        cap_delta: likewise for delta.
-        ledger_dir: null: the run's folder for public/synthetic data, ``~/.fedcollm/ledgers`` for private data.
-        insecure_test_seed: null; a number makes sampling and noise repeatable and the run NOT PRIVATE, as every output
-            then says. Refused on data declared private.
-    """
-
-    epsilon: float
-    delta: float
-    max_grad_norm: float
-    expected_batch_size: int
-    unit: Literal["record", "person"]
-    max_records_per_unit: int
-    clipping: Literal["flat", "automatic"]
-    noise: Literal["local", "distributed"]
-    least_honest: int
-    cap_epsilon: float
-    cap_delta: float
-    ledger_dir: str | None
-    insecure_test_seed: int | None
-
-    def __post_init__(self) -> None:
-        for name in ("epsilon", "max_grad_norm", "cap_epsilon"):
-            check(getattr(self, name) > 0, f"privacy.{name}", getattr(self, name), "a number > 0")
-        for name in ("delta", "cap_delta"):
-            check(0 < getattr(self, name) < 1, f"privacy.{name}", getattr(self, name), "a number in (0, 1)")
-        for name in ("expected_batch_size", "max_records_per_unit", "least_honest"):
-            check(getattr(self, name) >= 1, f"privacy.{name}", getattr(self, name), "an integer >= 1")
-        check(
-            self.unit == "person" or self.max_records_per_unit == 1,
-            "privacy.max_records_per_unit",
-            self.max_records_per_unit,
-            "1 when privacy.unit=record",
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FederationConfig:
     """The loop, and the switches that turn it into every baseline.
 
@@ -193,6 +142,7 @@ class FederationConfig:
         learning_rate: of the sites' optimizer; with ``release=gradient`` of the server's.
         batch_tokens: padded tokens per physical batch; bounds memory, changes no result.
         batch_size: records per step when no DP is on.
+        round_time_limit_s: a round's plan expires so many seconds after it was signed; no site answers later.
     """
 
     rounds: int
@@ -206,10 +156,11 @@ class FederationConfig:
     learning_rate: float
     batch_tokens: int
     batch_size: int
+    round_time_limit_s: int
 
     def __post_init__(self) -> None:
         check(self.rounds >= 0, "federation.rounds", self.rounds, "an integer >= 0")
-        for name in ("local_steps", "sites", "batch_tokens", "batch_size"):
+        for name in ("local_steps", "sites", "batch_tokens", "batch_size", "round_time_limit_s"):
             check(getattr(self, name) >= 1, f"federation.{name}", getattr(self, name), "an integer >= 1")
         check(self.learning_rate > 0, "federation.learning_rate", self.learning_rate, "a number > 0")
         check(
@@ -265,18 +216,6 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SecureSumConfig:
-    """How updates become integers: ``value_bits`` signed bits per parameter on a grid over [-clip, clip]."""
-
-    value_bits: int
-    clip: float | None
-
-    def __post_init__(self) -> None:
-        check(4 <= self.value_bits <= 18, "secure_sum.value_bits", self.value_bits, "an integer in [4, 18]")
-        check(self.clip is None or self.clip > 0, "secure_sum.clip", self.clip, "null or a number > 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
     """What is measured: every ``every`` rounds (and before and after), on at most ``max_records`` records."""
 
@@ -319,6 +258,13 @@ class Config:
             "own (experiment=..._non_private) and says so in every output",
         )
         self._check_release()
+        least = max(3, self.secure_sum.max_colluding + 2)
+        check(
+            self.federation.exchange == "none" or self.federation.min_contributors >= least,
+            "federation.min_contributors",
+            self.federation.min_contributors,
+            f"at least secure_sum.max_colluding + 2 = {least}: from a smaller sum the colluders learn a single update",
+        )
         if self.privacy is not None:
             check(
                 self.privacy.insecure_test_seed is None or self.data.declared != "private",
@@ -369,10 +315,12 @@ class Config:
             "factor_average | freeze_a with federation.release=gradient: the server's Adam would lose its coordinates, "
             "and a mean of gradients at one point is exact for both factors",
         )
-        least, contributors = self.privacy.least_honest if self.privacy else 1, federation.min_contributors
+        least = self.privacy.least_honest if self.privacy else 1
+        honest = federation.min_contributors - self.secure_sum.max_colluding
         check(
-            least <= contributors,
+            least <= honest,
             "privacy.least_honest",
             least,
-            f"at most federation.min_contributors = {contributors}: no sum is sure to hold more sites' noise",
+            f"at most federation.min_contributors - secure_sum.max_colluding = {honest}: no sum is sure to hold more "
+            "sites' noise",
         )

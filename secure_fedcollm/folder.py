@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedcollm_privacy.errors import ConfigError, FedCollmError
-from fedcollm_privacy.messages import canonical_json
+from fedcollm_privacy.messages import OpenedSum, canonical_json
+from fedcollm_privacy.secure_sum_messages import SignedPlan
+from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.rounds import State
 from secure_fedcollm.server_optimizer import AdamState
 
@@ -129,6 +132,38 @@ class RunFolder:
             adam = AdamState(steps=steps, first=tensors["adam.first"], second=tensors["adam.second"])
         state = State(slm=tensors["slm"], llm=tensors["llm"], alone=alone, adam=adam)
         return Checkpoint(server_round=int(metadata["server_round"]), state=state)
+
+    def keep_opened(self, opened: OpenedSum) -> None:
+        """Put an opened sum on disk until its round has a checkpoint: it is given once and no site gives it again."""
+        plan = encode(SignedPlan(plan=opened.plan, signature=b""))
+        tensors = {"total": opened.total.copy(), "plan": np.frombuffer(plan, dtype=np.uint8).copy()}
+        temporary = self.path / ".opened.part"
+        save_file(tensors, temporary, metadata={"cohort": json.dumps(opened.cohort)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / "opened.safetensors")
+
+    def kept_opened(self, server_round: int) -> OpenedSum | None:
+        """The opened sum of this round, where the run was cut between its opening and its checkpoint.
+
+        Raises:
+            FedCollmError: the file is damaged.
+        """
+        path = self.path / "opened.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                cohort = tuple(json.loads(file.metadata()["cohort"]))
+                total, raw = file.get_tensor("total"), file.get_tensor("plan")
+        except SafetensorError as error:
+            raise FedCollmError(f"{path} is damaged: {error}; delete it, and that round counts as lost") from error
+        plan = decode(raw.tobytes(), SignedPlan).plan
+        return OpenedSum(plan=plan, cohort=cohort, total=total) if plan.server_round == server_round else None
+
+    def drop_opened(self) -> None:
+        """Forget the opened sum: its round is over."""
+        (self.path / "opened.safetensors").unlink(missing_ok=True)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of ``metrics.jsonl``."""

@@ -188,15 +188,16 @@ def _budget_scale(summary: Mapping[str, Any]) -> float:
 
 def _flow(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Numbers of the picture of what was encrypted and opened; None when nothing was."""
-    ckks, per_parameter, parameters = (summary.get(k) for k in ("ckks", "bytes_per_parameter", "uploaded_parameters"))
+    sums, per_parameter, parameters = (
+        summary.get(k) for k in ("secure_sum", "bytes_per_parameter", "uploaded_parameters")
+    )
     opened = [len(r.get("cohort", [])) for r in rounds if r.get("outcome") == "opened"]
-    if not ckks or not summary.get("bytes_up"):
+    if not sums or not summary.get("bytes_up"):
         return None
     upload = per_parameter * parameters if per_parameter and parameters else None
     ciphertext = None
-    if "poly_modulus_degree" in ckks and len(ckks.get("coeff_mod_bit_sizes", [])) > 1:
-        # two polynomials; the last prime serves key switching only and is never sent; SEAL stores 64-bit words
-        ciphertext = 2 * ckks["poly_modulus_degree"] * 8 * (len(ckks["coeff_mod_bit_sizes"]) - 1)
+    if "poly_modulus_degree" in sums:
+        ciphertext = 2 * sums["poly_modulus_degree"] * 8  # two polynomials of 64-bit words
     return {
         "upload": upload,
         "ciphertexts": round(upload / ciphertext) if upload and ciphertext else None,

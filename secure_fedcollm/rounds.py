@@ -1,20 +1,22 @@
 """READ FIRST. The whole system in one function: one round of private, encrypted co-tuning.
 
-Everything else deepens one numbered stage: 1 `server`, 2 `site` (with `fedcollm_privacy.ledger`, ``dp_sgd``,
-``quantization``, ``ckks``), 3-4 `fedcollm_privacy.secure_sum`, 5-6 `server`, `distillation`, 7 `site`, ``ledger``.
+Everything else deepens one numbered stage: 1 `server`, 2 `fedcollm_privacy.secure_sum` and ``contributor``, 3 `site`
+(with ``ledger``, ``dp_sgd``, ``quantization``, ``ckks``, ``masks``), 4 ``secure_sum``, ``aggregator``, ``decryptor``,
+5-6 `server`, `distillation`, 7 `site`, ``ledger``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcollm_privacy.errors import ProtocolError, RoundLost
-from fedcollm_privacy.messages import Receipt, RoundPlan, SealedUpdate, Settlement, TrainRequest
+from fedcollm_privacy.messages import OpenedSum, Receipt, RoundPlan, Settlement, TrainRequest
 from fedcollm_privacy.secure_sum import SecureSum
+from fedcollm_privacy.secure_sum_messages import UploadManifest
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.distillation import CoTuningReport
 from secure_fedcollm.server import Server
@@ -23,7 +25,7 @@ from secure_fedcollm.site import Site
 from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import Reply, Transport
 
-__all__ = ["Federation", "RoundOutcome", "State", "Uploads", "run_round", "run_round_alone"]
+__all__ = ["Federation", "RoundOutcome", "State", "Uploads", "conclude_round", "run_round", "run_round_alone"]
 
 Float32 = NDArray[np.float32]
 
@@ -47,12 +49,19 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federation:
-    """Who takes part. ``sites`` is used by the baselines without exchange only; a round goes through ``transport``."""
+    """Who takes part.
+
+    Attributes:
+        keep: puts an opened sum on disk before anything is made of it: sites give their shares once a round, so a sum
+            that was lost in a crash could not be had again.
+        sites: used by the baselines without exchange only; a round goes through ``transport``.
+    """
 
     server: Server
     transport: Transport
     secure_sum: SecureSum
     transcript: Transcript
+    keep: Callable[[OpenedSum], None]
     sites: tuple[Site, ...]
 
 
@@ -81,27 +90,46 @@ class RoundOutcome:
 
 
 def run_round(federation: Federation, state: State, server_round: int, attempt: int, value_bits: int) -> RoundOutcome:
-    """Algorithm 1 of FedCoLLM with every upload private and encrypted.
+    """Algorithm 1 of FedCoLLM with every upload private, encrypted and masked.
 
-    A site that fails is left out; fewer than k uploads, a refused opening or a diverged model lose the round: the state
-    stays as it was, reserved budget stays spent, and the next round goes on.
+    A site that fails is left out; fewer than k or t of them, a refused opening, a sum beyond its gates or a diverged
+    model lose the round: the state stays as it was, reserved budget stays spent, and the next round goes on.
     """
-    # 1. A fresh encryption key, and the plan that every later message of the round is bound to.
-    server, transport, sites = federation.server, federation.transport, federation.transport.sites
-    context = federation.secure_sum.begin(contributors=len(sites), value_bits=value_bits)
-    plan = server.plan_round(server_round, attempt, context.digest)
-    federation.transcript.record("plan", server_round=server_round, attempt=attempt, plan=plan.digest)
-
-    # 2. Broadcast. Each site reserves its budget, trains with DP-SGD, clips, quantises, encrypts, uploads.
-    request = encode(TrainRequest(plan=plan, adapter=state.slm, public_key=context.to_bytes()))
-    uploads = Uploads(federation.transcript, plan, transport.ask("train", dict.fromkeys(sites, request)))
+    # 1. A fresh encryption key, and the plan that every later message, key and signature of the round is bound to.
+    server, transport, secure_sum = federation.server, federation.transport, federation.secure_sum
+    context = secure_sum.begin(contributors=len(transport.sites), value_bits=value_bits)
+    plan = server.plan_round(server_round, attempt, context, state.slm)
+    facts = {"server_round": server_round, "attempt": attempt, "plan": plan.digest, "terms": asdict(plan)}
+    federation.transcript.record("plan", **facts)
+    uploads = Uploads(federation.transcript, plan)
     try:
-        # 3. A process without any key adds the ciphertexts.  4. The decryptor opens the sum, once, as integers.
-        opened = federation.secure_sum.open(plan, uploads)
-        # 5. The mean update moves the SLM's adapter.
+        # 2. Sites check the signed plan; those that accept it exchange keys for masks, and shares of their secrets.
+        ready = secure_sum.enrol(plan)
+        # 3. Broadcast. Each site reserves its budget, trains with DP-SGD, clips, quantises, encrypts, masks, uploads.
+        request = TrainRequest(plan_digest=plan.digest, adapter=state.slm, public_key=context.to_bytes())
+        uploads.expect(transport.ask("train", dict.fromkeys(ready, encode(request))))
+        # 4. A process without any key adds the ciphertexts. All survivors sign who they are and take the sum's masks
+        #    away, and nothing else's. The decryptor opens the sum, once, as integers.
+        opened = secure_sum.open(uploads)
+        federation.keep(opened)
+    except RoundLost as lost:
+        result = RoundOutcome(outcome="lost", state=state, reason=str(lost))
+        result = _settled(federation, plan, result)
+    else:
+        result = conclude_round(federation, state, opened)
+    absent = dict.fromkeys(set(transport.sites) - set(result.cohort), "not in the sum")
+    left_out = {**absent, **secure_sum.rejected, **uploads.failed}
+    return replace(result, left_out=left_out, bytes_up=uploads.bytes_up)
+
+
+def conclude_round(federation: Federation, state: State, opened: OpenedSum) -> RoundOutcome:
+    """What is left of a round once its sum is open; also where a run was cut right after the opening."""
+    server, plan = federation.server, opened.plan
+    try:
+        # 5. The mean update, if it is within its gates, moves the SLM's adapter.
         aggregated, adam = server.apply(state.slm, state.adam, opened)
         # 6. SLM and LLM teach each other on public text; the distilled SLM is what the sites get next.
-        tuned = server.co_tune(aggregated, state.llm, server_round)
+        tuned = server.co_tune(aggregated, state.llm, plan.server_round)
     except RoundLost as lost:
         result = RoundOutcome(outcome="lost", state=state, reason=str(lost))
     else:
@@ -110,15 +138,7 @@ def run_round(federation: Federation, state: State, server_round: int, attempt: 
         result = RoundOutcome(
             outcome="opened", state=next_state, cohort=opened.cohort, sum_norm=mean_norm, co_tuning=tuned.report
         )
-    federation.transcript.record(
-        result.outcome, server_round=server_round, plan=plan.digest, cohort=list(result.cohort)
-    )
-
-    # 7. Every site closes its reservation and says what its ledger has spent.
-    settlements = _settle(transport, plan, result)
-    left_out = {**dict.fromkeys(set(sites) - set(result.cohort), "not in the sum"), **uploads.failed}
-    left_out.update(federation.secure_sum.rejected)
-    return replace(result, left_out=left_out, settlements=settlements, bytes_up=uploads.bytes_up)
+    return _settled(federation, plan, result)
 
 
 def run_round_alone(federation: Federation, state: State, server_round: int) -> RoundOutcome:
@@ -131,50 +151,63 @@ def run_round_alone(federation: Federation, state: State, server_round: int) -> 
 
 
 class Uploads:
-    """The uploads of a round as they arrive, noted in the transcript by size and digest.
+    """The uploads of a round as they are announced, noted in the transcript by digest.
 
     Attributes:
-        failed: sites that sent none, with their code; complete once iterated to the end.
-        bytes_up: encrypted bytes so far.
+        failed: sites that announced none, with their code; complete once iterated to the end.
+        bytes_up: encrypted bytes announced so far.
     """
 
-    def __init__(self, transcript: Transcript, plan: RoundPlan, replies: Iterable[Reply]) -> None:
-        self._transcript, self._plan, self._replies = transcript, plan, replies
+    def __init__(self, transcript: Transcript, plan: RoundPlan) -> None:
+        self._transcript, self._plan = transcript, plan
+        self._replies: Iterator[Reply] = iter(())
         self.failed: dict[str, str] = {}
         self.bytes_up = 0
 
-    def __iter__(self) -> Iterator[SealedUpdate]:
+    def expect(self, replies: Iterable[Reply]) -> None:
+        """Take the sites' answers to the request to train."""
+        self._replies = iter(replies)
+
+    def __iter__(self) -> Iterator[UploadManifest]:
+        plan = self._plan
         for reply in self._replies:
             if reply.body is None:
                 self.failed[reply.site] = reply.code or "failed"
                 continue
             try:
-                upload = decode(reply.body, SealedUpdate)
+                manifest = decode(reply.body, UploadManifest)
             except ProtocolError:
                 self.failed[reply.site] = "malformed upload"
                 continue
-            if upload.site != reply.site or upload.plan_digest != self._plan.digest:
+            if manifest.site != reply.site or manifest.plan_digest != plan.digest:
                 self.failed[reply.site] = "upload of another site or round"
                 continue
-            self.bytes_up += len(reply.body)
+            self.bytes_up += len(reply.body) + plan.ckks.chunk_count(plan.dimension) * plan.ckks.ciphertext_bytes
             self._transcript.record(
-                "upload", server_round=self._plan.server_round, site=upload.site, bytes=len(reply.body)
+                "upload", server_round=plan.server_round, site=manifest.site, manifest=manifest.digest
             )
-            yield upload
+            yield manifest
 
 
-def _settle(transport: Transport, plan: RoundPlan, result: RoundOutcome) -> tuple[Settlement, ...]:
+def _settled(federation: Federation, plan: RoundPlan, result: RoundOutcome) -> RoundOutcome:
+    """7. Every site closes its reservation and says what its ledger has spent."""
+    federation.transcript.record(
+        result.outcome, server_round=plan.server_round, plan=plan.digest, cohort=list(result.cohort)
+    )
+
     def outcome(site: str) -> str:
         return "lost" if result.outcome == "lost" else "included" if site in result.cohort else "left_out"
 
     receipts = {
         site: encode(Receipt(plan_digest=plan.digest, server_round=plan.server_round, outcome=outcome(site)))
-        for site in transport.sites
+        for site in federation.transport.sites
     }
     settlements = []
-    for reply in transport.ask("settle", receipts):
+    for reply in federation.transport.ask("settle", receipts):
         try:
-            settlements.append(decode(reply.body or b"", Settlement))
+            settlement = decode(reply.body or b"", Settlement)
         except ProtocolError:  # a site that cannot say what it spent has still spent it, in its own ledger
             continue
-    return tuple(settlements)
+        if settlement.site == reply.site:
+            settlements.append(settlement)
+    return replace(result, settlements=tuple(settlements))

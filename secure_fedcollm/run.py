@@ -18,7 +18,7 @@ from secure_fedcollm.exposure import exposure
 from secure_fedcollm.folder import Checkpoint, RunFolder
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.progress import RunProgress
-from secure_fedcollm.rounds import RoundOutcome, State, run_round, run_round_alone
+from secure_fedcollm.rounds import RoundOutcome, State, conclude_round, run_round, run_round_alone
 
 __all__ = ["run"]
 
@@ -68,7 +68,12 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
     for server_round in range(last.server_round + 1, config.federation.rounds + 1):
         attempt = federation.transcript.attempts(server_round) + 1
         if config.federation.exchange == "secure_sum":
-            result = run_round(federation, state, server_round, attempt, config.secure_sum.value_bits)
+            opened = folder.kept_opened(server_round)
+            if opened is not None:
+                progress.say(f"round {server_round}: its sum was open when the run was cut; going on from there")
+                result = conclude_round(federation, state, opened)
+            else:
+                result = run_round(federation, state, server_round, attempt, config.secure_sum.value_bits)
         else:
             result = run_round_alone(federation, state, server_round)
         measured: Measured = (None, None, {})
@@ -82,6 +87,7 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
         row = _row(server_round, attempt, result, measured, parts, progress)
         folder.append_metrics(row)
         folder.save_checkpoint(Checkpoint(server_round=server_round, state=state), parts.slm.spec.digest)
+        folder.drop_opened()
         progress.say(_line(row, result.reason))
     rows = folder.metrics()
     if config.federation.rounds > 0 and all(row["outcome"] in ("before", "lost") for row in rows):

@@ -30,7 +30,13 @@ _SUMMARY: Any = {
         }
     },
     "bytes_per_parameter": (*_NUMBER, None), "bytes_up": (int, None), "uploaded_parameters": (int, None),
-    "ckks": ({"poly_modulus_degree": int, "coeff_mod_bit_sizes": [int], "value_bits": int}, None),
+    "secure_sum": (
+        {
+            "poly_modulus_degree": int, "coeff_mod_bit_sizes": [int], "value_bits": int, "sites": int,
+            "threshold": int, "min_contributors": int, "max_colluding": int,
+        },
+        None,
+    ),
     "claims": [{"claim": str, "holds": bool, "detail": str}],
     "secrets": [
         {

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcollm_privacy.ckks import PublicContext
 from fedcollm_privacy.errors import RoundLost
-from fedcollm_privacy.messages import OpenedSum, RoundPlan
+from fedcollm_privacy.messages import DpTerms, OpenedSum, RoundPlan, vector_digest
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import dequantize_mean
 from secure_fedcollm.config import Config
@@ -43,7 +47,10 @@ class Server:
         llm: the LLM; it never leaves the server.
         public_tokens: D_a.
         sites: number of sites, the most that a sum may hold.
+        roster_digest: of the roster that names them.
         progress: where a person sees the steps.
+        terms: what of the sites' privacy plans a round fixes; None in a declared non-private run.
+        clock: Unix time in seconds.
         gradient_plan: any site's plan where sites send gradients; what it says of grid and noise is the same at all.
     """
 
@@ -56,10 +63,13 @@ class Server:
         llm: AdaptedModel,
         public_tokens: TokenDataset,
         sites: int,
+        roster_digest: str,
         progress: RunProgress,
+        terms: DpTerms | None,
         gradient_plan: DpPlan | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._gradient_plan = gradient_plan
+        self._gradient_plan, self._roster_digest, self._terms, self._clock = gradient_plan, roster_digest, terms, clock
         self._config, self._run_id, self._sites, self._progress = config, run_id, sites, progress
         self._slm, self._llm, self._public_tokens = slm, llm, public_tokens
         self._spec = slm.shared_spec(config.adapter.aggregation)
@@ -76,21 +86,54 @@ class Server:
         federation = self._config.federation
         return self._config.secure_sum.clip or federation.learning_rate * federation.local_steps
 
-    def plan_round(self, server_round: int, attempt: int, key_digest: str) -> RoundPlan:
-        """What all parties of the round agree on, with a fresh nonce."""
+    @property
+    def max_mean_norm(self) -> float:
+        """The longest mean update (L2, update units) that is taken.
+
+        Released gradients have a bound that honest sites stay within (all but 1 in 10^9 of a Poisson batch clipped to
+        C, and their noise); an update's is what its range allows, unless the configuration says less.
+        """
+        config, dimension = self._config, self._spec.dimension
+        if config.secure_sum.max_mean_norm is not None:
+            return config.secure_sum.max_mean_norm
         plan = self._gradient_plan
+        if plan is None:
+            return self.clip * math.sqrt(dimension)
+        batch = plan.expected_batch_size
+        noise = plan.site_noise_multiplier * (math.sqrt(dimension) + 6.0)
+        return plan.max_grad_norm * (batch + 6.0 * math.sqrt(batch) + 6.0 + noise)
+
+    def plan_round(self, server_round: int, attempt: int, context: PublicContext, adapter: Float32) -> RoundPlan:
+        """What all parties of the round agree on, with a fresh nonce.
+
+        Args:
+            server_round: 1, 2, ...
+            attempt: of this round.
+            context: the round's public key.
+            adapter: the SLM's adapter that all sites will start from, float32 [D].
+        """
+        config, plan = self._config, self._gradient_plan
+        contributors = max(self._sites, config.federation.min_contributors)
         return RoundPlan(
             run_id=self._run_id,
             server_round=server_round,
             attempt=attempt,
             spec_digest=self._spec.digest,
+            adapter_digest=vector_digest(adapter),
             dimension=self._spec.dimension,
             clip=self.clip,
-            value_bits=self._config.secure_sum.value_bits,
-            min_contributors=self._config.federation.min_contributors,
-            max_contributors=max(self._sites, self._config.federation.min_contributors),
-            key_digest=key_digest,
+            value_bits=config.secure_sum.value_bits,
+            min_contributors=config.federation.min_contributors,
+            max_contributors=contributors,
+            threshold=config.secure_sum.threshold_of(contributors),
+            max_colluding=config.secure_sum.max_colluding,
+            roster_digest=self._roster_digest,
+            ckks=context.parameters,
+            key_digest=context.digest,
+            max_mean_norm=self.max_mean_norm,
             nonce=os.urandom(16).hex(),
+            expires_at=int(self._clock() + config.federation.round_time_limit_s),
+            dp=self._terms,
             release="update" if plan is None else "gradient",
             noise_multiplier=0.0 if plan is None else plan.noise_multiplier,
             least_honest=1 if plan is None else plan.least_honest,
@@ -103,12 +146,19 @@ class Server:
             The adapter, float32 [D], and the optimizer's state (as it was, where sites send updates).
 
         Raises:
-            RoundLost: the sum is not of this adapter, or the result is not finite.
+            RoundLost: the sum is not of this adapter, or its mean is longer than the plan allows.
         """
         if opened.plan.spec_digest != self._spec.digest or opened.total.shape != (self._spec.dimension,):
             raise RoundLost("the opened sum is of another adapter")
+        mean = dequantize_mean(opened)
+        norm = float(np.linalg.norm(mean.astype(np.float64)))
+        if not norm <= opened.plan.max_mean_norm * (1 + 1e-6):
+            raise RoundLost(
+                f"the mean update has norm {norm:.4g}, the plan allows {opened.plan.max_mean_norm:.4g}; nothing of it "
+                "was taken. A site may be sending too much: find out which before the next run"
+            )
         self._slm.write(adapter)
-        shared, mean = self._slm.read(self._spec), dequantize_mean(opened)
+        shared = self._slm.read(self._spec)
         if self._gradient_plan is None:
             shared = shared + mean
         else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcollm_privacy.ckks import PublicContext, seal
+from fedcollm_privacy.ckks import PublicContext
+from fedcollm_privacy.contributor import Contributor
 from fedcollm_privacy.dp_sgd import Observation, require_agreement
 from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError, ProtocolError, SiteFailed
 from fedcollm_privacy.ledger import Ledger
@@ -17,13 +20,23 @@ from fedcollm_privacy.messages import (
     QuantizedUpdate,
     Receipt,
     RoundPlan,
-    SealedUpdate,
     Settlement,
     TrainRequest,
+    vector_digest,
 )
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import clipped_fraction, on_grid, quantize
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.secure_sum_messages import (
+    Advertisement,
+    PartRequest,
+    PeerKeys,
+    PeerShares,
+    SignedPlan,
+    SurvivorSet,
+    UnmaskRequest,
+    UploadManifest,
+)
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.models import AdaptedModel, Aggregation
 from secure_fedcollm.progress import RunProgress
@@ -71,38 +84,46 @@ class Site:
     """One data holder.
 
     Args:
-        name: public name.
+        contributor: its part in the secure sum: identity, pinned roster, policy, journal.
         run_id: the run it takes part in; requests of another run are refused.
         adapted: the model it trains (in one process, sites share the frozen base).
         tokens: its training records.
         aggregation: which tensors it trains and sends.
         budget: privacy plan and ledger, or the declaration that there is none.
         how: learning rate and physical batches.
-        min_contributors: the site's own floor; a round plan with a lower one is refused.
         progress: where a person sees the steps.
     """
 
     def __init__(
         self,
         *,
-        name: str,
+        contributor: Contributor,
         run_id: str,
         adapted: AdaptedModel,
         tokens: TokenDataset,
         aggregation: Aggregation,
         budget: PrivateBudget | NonPrivate,
         how: LocalTraining,
-        min_contributors: int,
         progress: RunProgress,
     ) -> None:
-        self.name = name
+        self.name = contributor.name
+        self._contributor = contributor
         self._run_id, self._adapted, self._tokens, self._how = run_id, adapted, tokens, how
         self._spec = adapted.shared_spec(aggregation)
-        self._budget, self._min_contributors, self._progress = budget, min_contributors, progress
+        self._budget, self._progress = budget, progress
         self._open: str | None = None
         self._finished = True  # whether what the open reservation paid for was made
         self._clipped_fraction = 0.0
-        self._seen: set[str] = set()
+        self._answers: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
+            "advertise": (SignedPlan, self.advertise),
+            "share": (PeerKeys, contributor.share),
+            "accept": (PeerShares, contributor.accept_shares),
+            "train": (TrainRequest, self.train),
+            "part": (PartRequest, contributor.part),
+            "agree": (SurvivorSet, contributor.agree),
+            "unmask": (UnmaskRequest, contributor.unmask),
+            "settle": (Receipt, self.settle),
+        }
         self.observations: list[Observation] = []
 
     def handle(self, operation: str, body: bytes) -> bytes:
@@ -112,11 +133,10 @@ class Site:
             SiteFailed: with a code and no detail; the detail stays in the site's own log.
         """
         try:
-            if operation == "train":
-                return encode(self.train(decode(body, TrainRequest)))
-            if operation == "settle":
-                return encode(self.settle(decode(body, Receipt)))
-            raise ProtocolError(f"unknown operation {operation!r}")
+            if operation not in self._answers:
+                raise ProtocolError(f"unknown operation {operation!r}")
+            kind, answer = self._answers[operation]
+            return encode(answer(decode(body, kind)))
         except (BudgetExceeded, LedgerError, ProtocolError, InvalidValue) as error:
             _LOG.error("site %s declines: %s", self.name, error)
             raise SiteFailed(self.name, "declined") from error
@@ -127,40 +147,46 @@ class Site:
             _LOG.exception("site %s", self.name)
             raise SiteFailed(self.name, "failed") from error
 
-    def train(self, request: TrainRequest) -> SealedUpdate:
-        """Reserve, train from the broadcast, quantise, encrypt.
+    def advertise(self, signed_plan: SignedPlan) -> Advertisement:
+        """Take part in a round, if policy, privacy plan and budget allow it; nothing is spent yet.
 
         Raises:
-            ProtocolError: the plan is of another run or adapter, replayed, weaker than this site allows, or not what
-                its privacy plan promises.
+            ProtocolError: the plan is not the pinned server's, of another run, adapter or roster, expired, replayed,
+                weaker than this site allows, or not what its privacy plan promises.
+            BudgetExceeded: the ledger would refuse the round's steps; no key material leaves.
+        """
+        plan = self._contributor.check(signed_plan)
+        adapter = (self._spec.digest, self._spec.dimension)
+        if plan.run_id != self._run_id or (plan.spec_digest, plan.dimension) != adapter:
+            raise ProtocolError("the round plan is for another run or another adapter")
+        if isinstance(self._budget, PrivateBudget):
+            require_agreement(self._budget.plan, plan)
+            self._budget.ledger.admit(run_id=self._run_id, plan=self._budget.plan)
+        elif plan.release != "update" or plan.dp is not None:
+            raise ProtocolError("the round has privacy terms or releases gradients; this site has no privacy plan")
+        return self._contributor.advertise(signed_plan)
+
+    def train(self, request: TrainRequest) -> UploadManifest:
+        """Reserve, train from the broadcast, quantise, encrypt, mask.
+
+        Raises:
+            ProtocolError: no such round is under way here, or the key or the adapter is not the plan's.
             PrivacyViolation: the model mixes records.
             BudgetExceeded: the ledger refuses; no gradient was computed.
             FedCollmError: training diverged; the reservation stays spent.
         """
-        plan = request.plan
-        adapter = (self._spec.digest, self._spec.dimension)
-        if plan.run_id != self._run_id or (plan.spec_digest, plan.dimension) != adapter:
-            raise ProtocolError("the round plan is for another run or another adapter")
-        if plan.min_contributors < self._min_contributors:
-            raise ProtocolError(f"the round plan allows sums of fewer than {self._min_contributors} sites")
-        if plan.digest in self._seen:
-            raise ProtocolError("this round plan was answered before")
+        plan = self._contributor.ready(request.plan_digest)
         context = PublicContext.from_bytes(request.public_key)
-        if context.digest != plan.key_digest:
+        if context.digest != plan.key_digest or context.parameters != plan.ckks:
             raise ProtocolError("the encryption key is not the one in the round plan")
-        # Before anything is spent: a plan under which the update could not be sealed afterwards.
-        context.parameters.prove(plan.max_contributors, plan.value_bits)
-        if isinstance(self._budget, PrivateBudget):
-            require_agreement(self._budget.plan, plan)
-        elif plan.release != "update":
-            raise ProtocolError("the round releases gradients, which a site without a privacy plan does not")
-        self._seen.add(plan.digest)
+        if vector_digest(request.adapter) != plan.adapter_digest:
+            raise ProtocolError("the adapter is not the one in the round plan, which all sites start from")
         self._adapted.write(request.adapter)
         quantized = self._gradient(plan) if plan.release == "gradient" else self._update(plan)
-        with self._progress.stage("encrypt", f"{self.name}: encrypt {plan.dimension:,} parameters"):
-            sealed = seal(quantized, context, self.name)
+        with self._progress.stage("encrypt", f"{self.name}: encrypt and mask {plan.dimension:,} parameters"):
+            manifest = self._contributor.upload(quantized, context)
         self._finished = True
-        return sealed
+        return manifest
 
     def _update(self, plan: RoundPlan) -> QuantizedUpdate:
         update = self._train(plan.server_round, plan.attempt)
@@ -237,7 +263,8 @@ class Site:
         return self._adapted.read()
 
     def settle(self, receipt: Receipt) -> Settlement:
-        """Close the round's reservation and tell what the ledger says was spent in this run."""
+        """End the round here, close its reservation, and tell what the ledger says was spent in this run."""
+        self._contributor.forget()
         if isinstance(self._budget, NonPrivate):
             return Settlement(
                 site=self.name,

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +20,71 @@ import numpy as np
 import pytest
 
 import fedcollm_privacy
+from fedcollm_privacy import wire
 from fedcollm_privacy.aggregator import Aggregator
-from fedcollm_privacy.aggregator_process import Accumulation
-from fedcollm_privacy.ckks import CkksParameters, seal
+from fedcollm_privacy.aggregator_process import ACCEPTED, CODES, Accumulation, chunk_frame
+from fedcollm_privacy.ciphertext_sum import words_of
+from fedcollm_privacy.ckks import encrypt, parameters_for
 from fedcollm_privacy.ckks_secret import decrypt_sum, generate
 from fedcollm_privacy.errors import InvalidValue, OpeningRefused, ProtocolError, RoundLost, UploadRefused
 from fedcollm_privacy.framing import receive_frame, send_frame
-from fedcollm_privacy.messages import QuantizedUpdate, RoundPlan, SealedUpdate
+from fedcollm_privacy.messages import QuantizedUpdate, RoundPlan
+from fedcollm_privacy.secure_sum_messages import UploadManifest, signed
 
-PARAMETERS = CkksParameters()
+from .secure_sums import Parties, digest, round_plan
+
+PARAMETERS = parameters_for(5, 13)
 KEY, CONTEXT = generate(PARAMETERS)
+PARTIES = Parties.named(*"abcdef")
 DIMENSION = PARAMETERS.chunk_parameters + 10
+WORDS_2N = (2, PARAMETERS.poly_modulus_degree)
 PACKAGE_PARENT = str(Path(next(iter(fedcollm_privacy.__path__))).parent)
 
 
 def plan(**changes: Any) -> RoundPlan:
     fields: dict[str, Any] = {
-        "run_id": "r",
-        "server_round": 1,
-        "attempt": 1,
-        "spec_digest": "",
         "dimension": DIMENSION,
-        "clip": 1.0,
-        "value_bits": 13,
-        "min_contributors": 3,
         "max_contributors": 5,
+        "roster_digest": PARTIES.roster.digest,
+        "ckks": PARAMETERS,
         "key_digest": CONTEXT.digest,
-        "nonce": "",
     }
-    return RoundPlan(**(fields | changes))
+    return round_plan(**(fields | changes))
 
 
 def grid_of(seed: int, dimension: int = DIMENSION) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(-4095, 4096, dimension)
+    return np.random.default_rng(seed).integers(-4095, 4096, dimension, dtype=np.int32)
 
 
-def upload(site: str, seed: int, chosen: RoundPlan) -> SealedUpdate:
-    return seal(QuantizedUpdate(plan=chosen, grid=grid_of(seed, chosen.dimension)), CONTEXT, site)
+def manifest_of(chosen: RoundPlan, site: str, chunks: Iterable[bytes], **changes: Any) -> UploadManifest:
+    """What a site signs, sound or not."""
+    manifest = UploadManifest(
+        plan_digest=chosen.digest,
+        keys_digest=digest("keys"),
+        site=site,
+        peers=tuple(PARTIES.sites),
+        chunk_digests=b"".join(sha256(chunk).digest() for chunk in chunks),
+    )
+    return signed(dataclasses.replace(manifest, **changes), PARTIES.sites[site])
+
+
+def upload(site: str, seed: int, chosen: RoundPlan) -> tuple[UploadManifest, list[bytes]]:
+    """Without masks, so that what was added can be opened here."""
+    update = QuantizedUpdate(plan=chosen, grid=grid_of(seed, chosen.dimension))
+    chunks = [words_2N.astype("<u8").tobytes() for words_2N in encrypt(update, CONTEXT)]
+    return manifest_of(chosen, site, chunks), chunks
+
+
+def opened(chunks: Iterable[bytes], sites: int, dimension: int = DIMENSION) -> np.ndarray[Any, Any]:
+    words = (words_of(chunk, PARAMETERS) for chunk in chunks)
+    return decrypt_sum(KEY, words, dimension=dimension, largest=sites * 4095)
+
+
+def refused(aggregator: Aggregator, manifest: UploadManifest, chunks: Iterable[bytes]) -> str:
+    with pytest.raises(UploadRefused, match=manifest.site) as refusal:
+        aggregator.add(manifest, chunks)
+    assert refusal.value.site == manifest.site
+    return refusal.value.code
 
 
 def pid(aggregator: Aggregator) -> int:
@@ -84,80 +113,154 @@ def shared() -> Iterator[Aggregator]:
 
 def test_it_adds_what_it_cannot_read(shared: Aggregator) -> None:
     chosen = plan()
-    shared.begin(chosen, PARAMETERS)
+    shared.begin(chosen, PARTIES.roster)
     for seed, site in enumerate("abc"):
-        shared.add(upload(site, seed, chosen))
-    sealed_sum = shared.finish()
-    assert sealed_sum.cohort == ("a", "b", "c")
-    assert sealed_sum.plan_digest == chosen.digest
-    total = decrypt_sum(KEY, sealed_sum.chunks, dimension=DIMENSION, largest=3 * 4095)
-    assert (total == grid_of(0) + grid_of(1) + grid_of(2)).all()
+        shared.add(*upload(site, seed, chosen))
+    assert (opened(shared.finish(), 3) == grid_of(0) + grid_of(1) + grid_of(2)).all()
+
+
+def changed(chunk: bytes, polynomial: int, value: int) -> bytes:
+    words_2N = np.frombuffer(chunk, dtype="<u8").reshape(WORDS_2N).copy()
+    words_2N[polynomial, 33] = value
+    return words_2N.tobytes()
 
 
 def test_each_bad_upload_is_left_out_by_name_and_the_others_go_on(shared: Aggregator) -> None:
     chosen = plan()
-    good = upload("a", 0, chosen)
-    first, second = good.chunks
-    shared.begin(chosen, PARAMETERS)
-    shared.add(good)
-    for code, changes in (
-        ("wrong_plan", {"site": "x", "plan_digest": plan(nonce="other").digest}),
-        ("already_in_sum", {}),
-        ("wrong_chunk_count", {"site": "x", "chunks": (first,)}),
-        ("wrong_chunk_count", {"site": "x", "chunks": ()}),
-        ("wrong_chunk_count", {"site": "x", "chunks": (first,) * 2_000_000}),
-        ("wrong_chunk_length", {"site": "x", "chunks": (first, b"")}),
-        ("wrong_chunk_length", {"site": "x", "chunks": (first, bytes(2**20))}),
-        ("malformed_ciphertext", {"site": "x", "chunks": (bytes(100), second)}),
-        ("malformed_ciphertext", {"site": "x", "chunks": (first, second[:-1])}),
-        ("malformed_ciphertext", {"site": "x", "chunks": (first, second + b"\x00")}),
+    good, chunks = upload("a", 0, chosen)
+    (first, second), largest = chunks, PARAMETERS.modulus - 1
+    flipped = first[:-1] + bytes([first[-1] ^ 1])
+    stranger = Parties.named("x", "y", "z").sites["x"]
+    theirs = manifest_of(chosen, "b", chunks)
+    shared.begin(chosen, PARTIES.roster)
+    shared.add(good, chunks)
+    # What others did to an upload on its way, or passed off as one.
+    for code, manifest, sent in (
+        ("already_in_sum", good, chunks),
+        ("unknown_site", signed(dataclasses.replace(good, site="x"), stranger), chunks),
+        ("wrong_signature", dataclasses.replace(good, site="b"), chunks),
+        ("wrong_signature", signed(dataclasses.replace(good, site="b"), stranger), chunks),
+        ("wrong_signature", dataclasses.replace(theirs, signature=b""), chunks),
+        ("wrong_signature", dataclasses.replace(theirs, keys_digest=digest("others")), chunks),
+        ("wrong_signature", dataclasses.replace(theirs, peers=("a", "b")), chunks),
+        ("wrong_signature", dataclasses.replace(theirs, chunk_digests=bytes(64)), chunks),
+        ("wrong_signature", manifest_of(plan(nonce="01"), "b", chunks), chunks),
+        ("broken_off", theirs, []),
+        ("broken_off", theirs, [first]),
+        ("wrong_chunk", theirs, [second, first]),
+        ("wrong_chunk", theirs, [first, first]),
+        ("wrong_chunk", theirs, [flipped, second]),
+        ("wrong_chunk", theirs, [first, b""]),
+        ("wrong_chunk", theirs, [first[:-1], second]),
+        ("wrong_chunk", theirs, [first, second + b"\x00"]),
+        ("wrong_chunk", theirs, [first, bytes(2**20)]),
     ):
-        bad = dataclasses.replace(good, **changes)
-        with pytest.raises(UploadRefused, match=bad.site) as refusal:
-            shared.add(bad)
-        assert (refusal.value.site, refusal.value.code) == (bad.site, code)
+        assert (refused(shared, manifest, sent), manifest.site) == (code, manifest.site)
+    # What a site signed and yet is no upload.
+    for code, sent in (
+        ("wrong_chunk_count", []),
+        ("wrong_chunk_count", [first]),
+        ("wrong_chunk_count", [first, second, second]),
+        ("wrong_chunk_count", [b""] * 200_000),
+        ("malformed_ciphertext", [first, b""]),
+        ("malformed_ciphertext", [first, second[:-1]]),
+        ("malformed_ciphertext", [first, second + b"\x00"]),
+        # Of what is longer by more than a byte, the process gets so much that it sees it.
+        ("wrong_chunk", [first, bytes(2**20)]),
+        ("wrong_chunk", [first, first + second]),
+        ("malformed_ciphertext", [changed(first, 0, largest + 1), second]),
+        ("malformed_ciphertext", [first, changed(second, 1, largest + 1)]),
+        ("malformed_ciphertext", [first, changed(second, 0, 2**64 - 1)]),
+        ("malformed_ciphertext", [bytes(len(first)), second]),
+        ("malformed_ciphertext", [first, second[: len(second) // 2] + bytes(len(second) // 2)]),
+    ):
+        assert refused(shared, manifest_of(chosen, "b", sent), sent) == code
     for seed, site in enumerate("bcde", start=1):
-        shared.add(upload(site, seed, chosen))
-    with pytest.raises(UploadRefused, match="cohort_full"):
-        shared.add(upload("f", 5, chosen))
-    sealed_sum = shared.finish()
-    assert sealed_sum.cohort == ("a", "b", "c", "d", "e")
-    total = decrypt_sum(KEY, sealed_sum.chunks, dimension=DIMENSION, largest=5 * 4095)
-    assert (total == sum(grid_of(seed) for seed in range(5))).all()
+        shared.add(*upload(site, seed, chosen))
+    assert refused(shared, *upload("f", 5, chosen)) == "cohort_full"
+    assert refused(shared, good, chunks) == "already_in_sum"
+    assert (opened(shared.finish(), 5) == sum(grid_of(seed) for seed in range(5))).all()
+
+
+def test_of_an_upload_no_more_is_taken_than_it_must_have(shared: Aggregator) -> None:
+    chosen, taken = plan(), []
+    manifest, chunks = upload("a", 0, chosen)
+
+    def endless() -> Iterator[bytes]:
+        for chunk in (*chunks, *[bytes(2**20)] * 1000):
+            taken.append(len(chunk))
+            yield chunk
+
+    shared.begin(chosen, PARTIES.roster)
+    shared.add(manifest, endless())
+    assert taken == [PARAMETERS.ciphertext_bytes] * 2
+    assert refused(shared, manifest, endless()) == "already_in_sum"
+    assert len(taken) == 2, "what the manifest tells is judged before a chunk is asked for"
+    assert (opened(shared.finish(), 1) == grid_of(0)).all()
+
+
+def test_an_upload_whose_giver_breaks_off_costs_the_round_and_not_the_next(shared: Aggregator) -> None:
+    chosen = plan()
+    manifest, chunks = upload("a", 0, chosen)
+
+    def breaking() -> Iterator[bytes]:
+        yield chunks[0]
+        raise KeyboardInterrupt
+
+    shared.begin(chosen, PARTIES.roster)
+    with pytest.raises(KeyboardInterrupt):
+        shared.add(manifest, breaking())
+    with pytest.raises(ProtocolError, match="begin"):
+        shared.add(manifest, chunks)
+    shared.begin(chosen, PARTIES.roster)
+    shared.add(manifest, chunks)
+    assert (opened(shared.finish(), 1) == grid_of(0)).all()
 
 
 def test_a_new_round_drops_the_unfinished_one(shared: Aggregator) -> None:
-    shared.begin(plan(), PARAMETERS)
-    shared.add(upload("a", 0, plan()))
+    shared.begin(plan(), PARTIES.roster)
+    shared.add(*upload("a", 0, plan()))
     process = pid(shared)
     chosen = plan(server_round=2)
-    shared.begin(chosen, PARAMETERS)
+    shared.begin(chosen, PARTIES.roster)
     assert pid(shared) == process
-    shared.add(upload("b", 1, chosen))
-    sealed_sum = shared.finish()
-    assert sealed_sum.cohort == ("b",)
-    assert (decrypt_sum(KEY, sealed_sum.chunks, dimension=DIMENSION, largest=4095) == grid_of(1)).all()
+    shared.add(*upload("b", 1, chosen))
+    assert (opened(shared.finish(), 1) == grid_of(1)).all()
 
 
-def test_a_sum_of_nobody_is_empty(shared: Aggregator) -> None:
-    shared.begin(plan(), PARAMETERS)
-    assert shared.finish().cohort == ()
-    shared.begin(plan(), PARAMETERS)
-    assert shared.finish().chunks == ()
+def test_a_sum_that_nobody_takes_to_its_end_costs_nothing_of_the_next(shared: Aggregator) -> None:
+    chosen = plan()
+    for taken in (0, 1):
+        shared.begin(chosen, PARTIES.roster)
+        shared.add(*upload("a", 0, chosen))
+        sum_chunks = shared.finish()
+        for _ in range(taken):
+            next(sum_chunks)
+    shared.begin(chosen, PARTIES.roster)
+    shared.add(*upload("b", 1, chosen))
+    assert (opened(shared.finish(), 1) == grid_of(1)).all()
+
+
+def test_a_sum_of_nobody_holds_nothing(shared: Aggregator) -> None:
+    for _ in range(2):
+        shared.begin(plan(), PARTIES.roster)
+        assert list(shared.finish()) == [bytes(PARAMETERS.ciphertext_bytes)] * 2
 
 
 def test_calls_out_of_order_are_refused(shared: Aggregator) -> None:
-    shared.begin(plan(), PARAMETERS)
-    shared.finish()
+    shared.begin(plan(), PARTIES.roster)
+    list(shared.finish())
     with pytest.raises(ProtocolError, match="begin"):
-        shared.add(upload("a", 0, plan()))
+        shared.add(*upload("a", 0, plan()))
     with pytest.raises(ProtocolError, match="begin"):
-        Aggregator().finish()
+        next(shared.finish())
+    with pytest.raises(ProtocolError, match="begin"):
+        next(Aggregator().finish())
 
 
 def test_a_plan_that_could_overflow_is_refused(shared: Aggregator) -> None:
     with pytest.raises(InvalidValue, match="value_bits"):
-        shared.begin(plan(value_bits=18), PARAMETERS)
+        shared.begin(plan(value_bits=18), PARTIES.roster)
 
 
 def test_the_process_never_has_the_secret_half() -> None:
@@ -172,7 +275,7 @@ def test_the_process_never_has_the_secret_half() -> None:
 def test_the_process_is_started_blind(shared: Aggregator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SITE_PASSPHRASE", "hunter2")
     with Aggregator() as aggregator:
-        aggregator.begin(plan(), PARAMETERS)
+        aggregator.begin(plan(), PARTIES.roster)
         process = Path(f"/proc/{pid(aggregator)}")
         assert b"hunter2" not in (process / "environ").read_bytes()
         command = (process / "cmdline").read_bytes().split(b"\x00")
@@ -191,55 +294,65 @@ def test_what_it_receives_holds_no_secret_key(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("fedcollm_privacy.aggregator.send_frame", recording)
     chosen = plan()
-    sealed = upload("a", 0, chosen)
+    manifest, chunks = upload("a", 0, chosen)
     with Aggregator() as aggregator:
-        aggregator.begin(chosen, PARAMETERS)
-        aggregator.add(sealed)
-        aggregator.finish()
-    assert sum(map(len, sent)) < sum(map(len, sealed.chunks)) + 3000
+        aggregator.begin(chosen, PARTIES.roster)
+        aggregator.add(manifest, chunks)
+        list(aggregator.finish())
+    assert sum(map(len, sent)) < sum(map(len, chunks)) + 3000
     array = KEY._seal_key.data().dyn_array()
     words = b"".join(array[index].to_bytes(8, "little") for index in range(4))
     assert not any(words in frame for frame in sent)
+    private = [key._private.private_bytes_raw() for key in PARTIES.sites.values()]
+    assert not any(raw in frame or raw.hex().encode() in frame for frame in sent for raw in private)
 
 
-@pytest.mark.parametrize("when", ["add", "finish"])
+@pytest.mark.parametrize("when", ["add", "finish", "sum"])
 def test_killed_mid_round_the_round_is_lost_and_the_next_one_works(when: str) -> None:
-    chosen = plan()
+    chosen = plan(dimension=10 * DIMENSION)  # more than what a socket buffers
     with Aggregator(time_limit_s=60) as aggregator:
-        aggregator.begin(chosen, PARAMETERS)
-        aggregator.add(upload("a", 0, chosen))
+        aggregator.begin(chosen, PARTIES.roster)
+        aggregator.add(*upload("a", 0, chosen))
+        if when == "sum":
+            half = aggregator.finish()
+            next(half)
         os.kill(pid(aggregator), signal.SIGKILL)
         late = upload("b", 1, chosen)
-        call, says = (partial(aggregator.add, late), "site b") if when == "add" else (aggregator.finish, "sum")
-        with pytest.raises(RoundLost, match=says):
+        call: Callable[[], object] = partial(aggregator.add, *late)
+        if when == "finish":
+            call = aggregator.finish
+        if when == "sum":
+            assert gone(pid(aggregator))
+            call = partial(list, half)
+        with pytest.raises(RoundLost, match="site b" if when == "add" else "sum"):
             call()
         with pytest.raises(ProtocolError, match="begin"):
-            aggregator.finish()
-        aggregator.begin(chosen, PARAMETERS)
-        aggregator.add(upload("b", 1, chosen))
-        assert aggregator.finish().cohort == ("b",)
+            next(aggregator.finish())
+        aggregator.begin(chosen, PARTIES.roster)
+        aggregator.add(*late)
+        assert (opened(aggregator.finish(), 1, chosen.dimension) == grid_of(1, chosen.dimension)).all()
 
 
 def test_killed_between_rounds_the_next_begin_starts_it_again() -> None:
     with Aggregator(time_limit_s=60) as aggregator:
-        aggregator.begin(plan(), PARAMETERS)
+        aggregator.begin(plan(), PARTIES.roster)
         first = pid(aggregator)
         os.kill(first, signal.SIGKILL)
         assert gone(first)
-        aggregator.begin(plan(), PARAMETERS)
+        aggregator.begin(plan(), PARTIES.roster)
         assert pid(aggregator) != first
 
 
 def test_a_hanging_process_costs_the_round_after_the_time_limit() -> None:
     chosen = plan()
     with Aggregator(time_limit_s=60) as aggregator:
-        aggregator.begin(chosen, PARAMETERS)
+        aggregator.begin(chosen, PARTIES.roster)
         process = pid(aggregator)
         os.kill(process, signal.SIGSTOP)
         aggregator._time_limit_s = 0.3
         started = time.monotonic()
         with pytest.raises(RoundLost, match=r"no answer in 0\.3 s over the upload of site a"):
-            aggregator.add(upload("a", 0, chosen))
+            aggregator.add(*upload("a", 0, chosen))
         assert time.monotonic() - started < 5
         assert gone(process)
 
@@ -247,19 +360,19 @@ def test_a_hanging_process_costs_the_round_after_the_time_limit() -> None:
 def test_a_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedcollm_privacy.aggregator._BOOTSTRAP", "raise SystemExit('no such module')")
     with Aggregator() as aggregator, pytest.raises(RoundLost, match="no such module"):
-        aggregator.begin(plan(), PARAMETERS)
+        aggregator.begin(plan(), PARTIES.roster)
 
 
 def test_a_process_that_answers_nonsense_costs_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
     nonsense = "import socket; s = socket.socket(fileno=0); s.recv(9); s.sendall(b'\\0\\0\\0\\5hello'); s.recv(9**5)"
     monkeypatch.setattr("fedcollm_privacy.aggregator._BOOTSTRAP", nonsense)
     with Aggregator() as aggregator, pytest.raises(RoundLost):
-        aggregator.begin(plan(), PARAMETERS)
+        aggregator.begin(plan(), PARTIES.roster)
 
 
 def test_it_ends_with_close() -> None:
     aggregator = Aggregator()
-    aggregator.begin(plan(), PARAMETERS)
+    aggregator.begin(plan(), PARTIES.roster)
     process = pid(aggregator)
     aggregator.close()
     aggregator.close()
@@ -270,12 +383,11 @@ def test_it_does_not_outlive_a_killed_parent() -> None:
     program = f"""
 import os, sys, signal
 sys.path[:0] = {sys.path!r}
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from fedcollm_privacy.aggregator import Aggregator
-from fedcollm_privacy.ckks import CkksParameters
-from fedcollm_privacy.messages import RoundPlan
+from tests.secure_sums import Parties, round_plan
 aggregator = Aggregator()
-aggregator.begin(RoundPlan(run_id="r", server_round=1, attempt=1, spec_digest="", dimension=5, clip=1.0, value_bits=13,
-    min_contributors=3, max_contributors=5, key_digest="", nonce=""), CkksParameters())
+aggregator.begin(round_plan(), Parties.of(4).roster)
 print(aggregator._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -293,10 +405,10 @@ def test_a_frame_longer_than_allowed_is_not_read() -> None:
 
 
 def mutations(true: bytes, other: bytes, rng: random.Random) -> Iterator[bytes]:
-    """Bit flips everywhere and near the front, cuts, splices, repeats, noise, foreign streams."""
+    """Bit flips everywhere and near the front, cuts, splices, repeats, noise, foreign words."""
     while True:
         raw = bytearray(true)
-        match rng.randrange(7):
+        match rng.randrange(8):
             case 0:
                 raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
             case 1:
@@ -304,8 +416,7 @@ def mutations(true: bytes, other: bytes, rng: random.Random) -> Iterator[bytes]:
             case 2:
                 del raw[rng.randrange(len(raw)) :]
             case 3:
-                # Not from the very front: that would be the other upload, whole and valid; telling those apart takes
-                # signatures.
+                # Not from the very front: that would be the other upload, whole and valid.
                 at = rng.randrange(2000, len(raw))
                 raw[at:] = other[at:]
             case 4:
@@ -316,49 +427,140 @@ def mutations(true: bytes, other: bytes, rng: random.Random) -> Iterator[bytes]:
             case 6:
                 at = rng.randrange(16, len(raw))
                 raw = raw[:at] + raw[at + 1 :]
-        # Half of them with a length field that fits, so that they reach SEAL's own parser.
-        if len(raw) >= 16 and rng.random() < 0.5:
-            raw[8:16] = len(raw).to_bytes(8, "little")
+            case 7:
+                at = 8 * rng.randrange(len(raw) // 8)
+                raw[at : at + 8] = rng.randrange(PARAMETERS.modulus).to_bytes(8, "little")
         yield bytes(raw)
 
 
 def test_mutated_uploads_crash_nothing_and_never_give_a_wrong_sum(shared: Aggregator) -> None:
+    """Signed as they are, so that nothing but their words can betray them."""
     rng = random.Random(20)
     chosen = plan(dimension=50)
     honest = [upload(site, seed, chosen) for seed, site in enumerate("abc")]
-    victim, other = upload("d", 3, chosen), upload("d", 4, chosen)
+    (_, (victim,)), (_, (other,)) = upload("d", 3, chosen), upload("d", 4, chosen)
     expected = sum(grid_of(seed, 50) for seed in range(4))
     outcomes = {"left out": 0, "refused at opening": 0, "right": 0}
-    source = mutations(victim.chunks[0], other.chunks[0], rng)
+    source = mutations(victim, other, rng)
+    process, codes = None, set()
     for _ in range(400):
-        shared.begin(chosen, PARAMETERS)
+        shared.begin(chosen, PARTIES.roster)
+        assert process in (None, pid(shared))
+        process = pid(shared)
         for sealed in honest:
-            shared.add(sealed)
+            shared.add(*sealed)
+        chunk = next(source)
         try:
-            shared.add(dataclasses.replace(victim, chunks=(next(source),)))
-        except UploadRefused:
+            shared.add(manifest_of(chosen, "d", [chunk]), [chunk])
+        except UploadRefused as refusal:
+            codes.add(refusal.code)
             outcomes["left out"] += 1
             continue
         try:
-            total = decrypt_sum(KEY, shared.finish().chunks, dimension=50, largest=4 * 4095)
+            total = opened(shared.finish(), 4, 50)
         except OpeningRefused:
             outcomes["refused at opening"] += 1
             continue
         assert (total == expected).all()
         outcomes["right"] += 1
+    assert codes == {"malformed_ciphertext"}
     # The test would be empty if nothing ever got past the first gate.
     assert outcomes["left out"] > 50
     assert outcomes["refused at opening"] > 50
 
 
+def accumulation_of(chosen: RoundPlan) -> Accumulation:
+    return Accumulation(
+        plan_digest=chosen.digest,
+        dimension=chosen.dimension,
+        max_contributors=chosen.max_contributors,
+        parameters=PARAMETERS,
+        signers={site.name: site for site in PARTIES.roster.sites},
+    )
+
+
+def frames_of(chunks: Iterable[bytes]) -> list[bytes]:
+    return [chunk_frame(number, chunk) for number, chunk in enumerate(chunks)]
+
+
+def test_mutated_manifests_crash_nothing_and_none_is_taken() -> None:
+    rng, chosen = random.Random(21), plan(dimension=50)
+    manifest, _ = upload("a", 0, chosen)
+    raw = wire.encode(manifest)
+    accumulation, codes = accumulation_of(chosen), set()
+    for _ in range(2000):
+        bad = bytearray(raw[:-32])
+        for _ in range(rng.randrange(1, 4)):
+            bad[rng.randrange(16, len(bad))] ^= rng.randrange(1, 256)
+        if rng.random() < 0.2:
+            del bad[rng.randrange(len(bad)) :]
+        if rng.random() < 0.8 and len(bad) > 16:  # whoever may change the bytes may also make length and digest fit
+            bad[8:16] = (len(bad) + 32).to_bytes(8, "little")
+            bad += sha256(bad).digest()
+        code, taken = accumulation.check(bytes(bad))
+        assert taken is None
+        codes.add(code)
+    assert accumulation.check(b"") == ("malformed_manifest", None)
+    assert accumulation.check(raw) == (ACCEPTED, manifest)
+    assert codes >= {"malformed_manifest", "wrong_signature"}
+    assert codes <= set(CODES) - {ACCEPTED}
+
+
 def test_an_accumulation_checks_in_the_order_of_the_codes() -> None:
-    chosen = plan(dimension=5, max_contributors=3)
-    accumulation = Accumulation(chosen, PARAMETERS)
-    sealed = upload("a", 0, chosen)
-    assert accumulation.check("a", chosen.digest, [len(sealed.chunks[0])]) == "accepted"
-    assert accumulation.add("a", iter(sealed.chunks)) == "accepted"
-    assert accumulation.check("a", chosen.digest, []) == "already_in_sum"
-    assert accumulation.check("b", "", []) == "wrong_plan"
-    leftovers = iter((b"bad", b"rest"))
-    assert accumulation.add("b", leftovers) == "malformed_ciphertext"
-    assert next(leftovers, None) is None
+    chosen = plan(max_contributors=3)
+    accumulation = accumulation_of(chosen)
+    manifest, chunks = upload("a", 0, chosen)
+
+    def code_of(manifest: UploadManifest) -> str:
+        return accumulation.check(wire.encode(manifest))[0]
+
+    assert code_of(manifest) == ACCEPTED
+    assert accumulation.add(manifest, iter(frames_of(chunks)).__next__) == ACCEPTED
+    alike = {"site": "b", "chunk_digests": b""}
+    assert code_of(dataclasses.replace(manifest, site="x", signature=b"")) == "unknown_site"
+    assert code_of(dataclasses.replace(manifest, chunk_digests=b"")) == "wrong_signature"
+    assert code_of(manifest_of(chosen, "a", [])) == "already_in_sum"
+    assert code_of(manifest_of(chosen, "b", [])) == "wrong_chunk_count"
+    assert code_of(signed(dataclasses.replace(manifest, **alike), PARTIES.sites["b"])) == "wrong_chunk_count"
+    for site in "bc":
+        other, chunks_of_other = upload(site, 1, chosen)
+        assert accumulation.add(other, iter(frames_of(chunks_of_other)).__next__) == ACCEPTED
+    assert code_of(manifest_of(chosen, "d", [])) == "cohort_full"
+    assert code_of(manifest) == "already_in_sum"
+
+
+def test_a_broken_upload_is_used_up_and_taken_back_whole() -> None:
+    chosen = plan(dimension=3 * PARAMETERS.chunk_parameters)
+    accumulation = accumulation_of(chosen)
+    accumulation.add(*begun(upload("a", 0, chosen)))
+    before = list(accumulation.total.chunks())
+    manifest, chunks = upload("b", 1, chosen)
+    first, second, third = frames_of(chunks)
+    renumbered = [first, third[:4] + second[4:], second[:4] + third[4:]]
+    ends = [b"\xff", b"\x00" * 3, first, second + b"\x00"]
+    for code, frames in (
+        ("wrong_chunk", renumbered),
+        ("wrong_chunk", [second, first, third]),
+        *(("wrong_chunk", [first, second, end]) for end in ends),
+        ("wrong_chunk", [b"x", second, third]),
+        ("broken_off", [first, second, b""]),
+        ("broken_off", [b""]),
+    ):
+        left = iter([*frames, b"next"])
+        assert accumulation.add(manifest, left.__next__) == code
+        assert list(left) == [b"next"]
+        assert list(accumulation.total.chunks()) == before
+    bad = [chunks[0], chunks[1], bytes(PARAMETERS.ciphertext_bytes)]
+    frames = iter(frames_of(bad))
+    assert accumulation.add(manifest_of(chosen, "b", bad), frames.__next__) == "malformed_ciphertext"
+    assert list(accumulation.total.chunks()) == before
+    assert accumulation.add(*begun((manifest, chunks))) == ACCEPTED
+    assert (
+        opened(accumulation.total.chunks(), 2, chosen.dimension)
+        == grid_of(0, chosen.dimension) + grid_of(1, chosen.dimension)
+    ).all()
+
+
+def begun(made: tuple[UploadManifest, list[bytes]]) -> tuple[UploadManifest, Callable[[], bytes]]:
+    manifest, chunks = made
+    return manifest, iter(frames_of(chunks)).__next__

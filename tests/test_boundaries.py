@@ -16,6 +16,7 @@ SOURCES = sorted(
 )
 # A heavy library is imported in one module; the exceptions say why.
 HOMES = {
+    "Crypto": {"shares"},
     "datasets": {"records"},
     "dp_accounting": {"accounting"},
     "hydra": {"cli"},
@@ -23,11 +24,12 @@ HOMES = {
     "opacus": {"per_sample", "cross_checks"},  # gradients there, its PRV accountant as a second opinion here
     "peft": {"models"},
     "rouge_score": {"evaluation"},
-    "sqlite3": {"ledger"},
+    "sqlite3": {"ledger", "round_journal"},  # a site's two durable memories: what it spent, what it answered
     "tenseal": {"ckks", "ckks_secret"},  # public and secret half are kept apart, so that the path shows in a diff
     "tokenizers": {"pretraining"},
     "transformers": {"models", "pretraining"},  # the embedded pair is built from a bare configuration
-    "typer": {"cli"},
+    "typer": {"cli", "keys_cli"},  # the key ceremony's commands, apart because cli is hydra's home
+    "zstandard": {"ckks"},
 }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedcollm_privacy.errors import ConfigError
 from secure_fedcollm.cli import compose_config
-from secure_fedcollm.config import Config
+from secure_fedcollm.config import Config, SecureSumConfig
 from secure_fedcollm.strict_build import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -102,6 +103,10 @@ def test_nan_and_infinity_are_refused_everywhere(path: tuple[str, ...], value: f
         ("federation.learning_rate", -0.1),
         ("secure_sum.value_bits", 32),
         ("secure_sum.clip", -1.0),
+        ("secure_sum.max_colluding", -1),
+        ("secure_sum.max_colluding", 2),  # with the least contributors of the default, 3
+        ("secure_sum.max_mean_norm", 0.0),
+        ("federation.round_time_limit_s", 0),
         ("distillation.direction", "sideways"),
         ("distillation.temperature", 0.0),
         ("distillation.kd_weight", -1.0),
@@ -125,6 +130,29 @@ def test_private_records_cannot_become_public_by_a_setting() -> None:
     plain = compose_config(["data=file", *PATHS])
     with pytest.raises(ConfigError, match="public_fraction"):
         build(Config, changed(plain, ("data", "public_fraction"), 0.2))
+
+
+@given(sites=st.integers(3, 200), colluding=st.integers(0, 60))
+def test_the_threshold_is_the_least_that_no_two_survivor_sets_can_share(sites: int, colluding: int) -> None:
+    chosen = SecureSumConfig(value_bits=13, clip=None, threshold=None, max_colluding=colluding, max_mean_norm=None)
+    if 2 * sites <= sites + colluding:
+        with pytest.raises(ConfigError, match="cannot be withstood"):
+            chosen.threshold_of(sites)
+        return
+    threshold = chosen.threshold_of(sites)
+    # Two sets of t signers out of n share at least 2t - n sites: more than c, so an honest one, who signs one set only.
+    assert 2 * threshold - sites > colluding
+    assert 2 * (threshold - 1) - sites <= colluding
+    for wrong in (threshold - 1, sites + 1):
+        with pytest.raises(ConfigError, match=rf"\[{threshold}, {sites}\]"):
+            dataclasses.replace(chosen, threshold=wrong).threshold_of(sites)
+
+
+def test_distributed_noise_counts_on_no_colluder() -> None:
+    plain = compose_config(["experiment=embedded_distributed"])
+    build(Config, plain)
+    with pytest.raises(ConfigError, match="least_honest"):
+        build(Config, changed(plain, ("privacy", "least_honest"), 3))
 
 
 def test_a_typo_gets_the_nearest_field() -> None:

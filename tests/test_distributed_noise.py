@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,15 +17,16 @@ from scipy import stats
 
 from fedcollm_privacy import dp_sgd
 from fedcollm_privacy.aggregator import Aggregator
-from fedcollm_privacy.ckks import PublicContext
+from fedcollm_privacy.ckks import PublicContext, parameters_for
 from fedcollm_privacy.clipping import ClippedSum
 from fedcollm_privacy.decryptor import Decryptor
 from fedcollm_privacy.errors import ConfigError, InvalidValue, SiteFailed
 from fedcollm_privacy.ledger import Ledger
-from fedcollm_privacy.messages import NoisySum, RoundPlan, SealedUpdate, TrainRequest
+from fedcollm_privacy.messages import NoisySum, RoundPlan, TrainRequest, vector_digest
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import on_grid
-from fedcollm_privacy.secure_sum import CkksSum
+from fedcollm_privacy.secure_sum import MaskedSum
+from fedcollm_privacy.secure_sum_messages import UploadManifest
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.cli import compose_config
 from secure_fedcollm.config import Config
@@ -39,6 +40,9 @@ from secure_fedcollm.site import PrivateBudget, Site
 from secure_fedcollm.strict_build import build
 from secure_fedcollm.tokenization import TokenDataset
 from secure_fedcollm.training import LocalTraining
+from secure_fedcollm.transport import InProcessTransport
+
+from .secure_sums import Parties, round_plan
 
 ALPHA = 1e-7
 HONEST = 2
@@ -58,11 +62,14 @@ PLAN = DpPlan(
 )
 
 
+PARTIES = Parties.named("north", "south", "east", "west")
+PARAMETERS = parameters_for(4, 18)
+
+
 @pytest.fixture(scope="module")
-def secure_sum() -> Iterator[CkksSum]:
-    opened = CkksSum(Aggregator(time_limit_s=60), Decryptor())
-    yield opened
-    opened.close()
+def context() -> PublicContext:
+    """A round's public key; nobody opens anything with it."""
+    return Decryptor(PARTIES.roster).new_round_key(PARAMETERS)
 
 
 @pytest.fixture
@@ -76,50 +83,50 @@ def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Ca
         ledger = Ledger(tmp_path / f"{name}.sqlite", name)
         ledger.commit_plan(run_id="run", data_set="notes", plan=plan, cap_epsilon=1e3, cap_delta=0.1)
         return Site(
-            name=name,
+            contributor=PARTIES.contributor(name, tmp_path),
             run_id="run",
             adapted=adapted,
             tokens=tiny_tokens,
             aggregation="factor_average",
             budget=PrivateBudget(plan=plan, ledger=ledger),
             how=LocalTraining(learning_rate=0.1, batch_tokens=64),
-            min_contributors=3,
             progress=RunProgress(quiet=True),
         )
 
     return site
 
 
-def round_plan(adapted: AdaptedModel, context: PublicContext, **changes: Any) -> RoundPlan:
+def plan_for(adapted: AdaptedModel, context: PublicContext, **changes: Any) -> RoundPlan:
     spec = adapted.shared_spec("factor_average")
     fields: dict[str, Any] = {
         "run_id": "run",
-        "server_round": 1,
-        "attempt": 1,
         "spec_digest": spec.digest,
+        "adapter_digest": vector_digest(adapted.read()),
         "dimension": spec.dimension,
         "clip": PLAN.gradient_clip,
         "value_bits": 18,
-        "min_contributors": 3,
-        "max_contributors": 4,
+        "roster_digest": PARTIES.roster.digest,
+        "ckks": context.parameters,
         "key_digest": context.digest,
-        "nonce": "00",
+        "dp": PLAN.terms,
         "release": "gradient",
         "noise_multiplier": PLAN.noise_multiplier,
         "least_honest": HONEST,
     }
-    return RoundPlan(**(fields | changes))
+    return round_plan(**(fields | changes))
 
 
-def request(adapted: AdaptedModel, context: PublicContext, plan: RoundPlan) -> bytes:
-    return encode(TrainRequest(plan=plan, adapter=adapted.read(), public_key=context.to_bytes()))
+def train(site: Site, adapted: AdaptedModel, context: PublicContext, plan: RoundPlan) -> bytes:
+    """Lead a site through the round until it has uploaded, its peers played by stand-ins."""
+    PARTIES.bring_to_training(plan, {site.name: site.handle})
+    request = TrainRequest(plan_digest=plan.digest, adapter=adapted.read(), public_key=context.to_bytes())
+    return site.handle("train", encode(request))
 
 
 @pytest.mark.parametrize("survivors", [3, 4])
 def test_the_opened_sum_holds_the_noise_of_all_survivors_and_no_upload_does(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
     monkeypatch: pytest.MonkeyPatch,
     survivors: int,
 ) -> None:
@@ -137,11 +144,25 @@ def test_the_opened_sum_holds_the_noise_of_all_survivors_and_no_upload_does(
 
     monkeypatch.setattr(dp_sgd, "clipped_sum", noting)
     monkeypatch.setattr("secure_fedcollm.site.on_grid", noting_release)
+    names = ["north", "south", "east", "west"]
+    transport = InProcessTransport({name: make(name).handle for name in names})
+    secure_sum = MaskedSum(
+        aggregator=Aggregator(time_limit_s=60),
+        decryptor=Decryptor(PARTIES.roster),
+        key=PARTIES.server,
+        roster=PARTIES.roster,
+        channel=transport,
+        witness=lambda event, **facts: None,
+    )
     context = secure_sum.begin(contributors=4, value_bits=18)
-    plan = round_plan(adapted, context)
-    names = ["north", "south", "east", "west"][:survivors]
-    uploads = [decode(make(name).handle("train", request(adapted, context, plan)), SealedUpdate) for name in names]
-    opened = secure_sum.open(plan, uploads)
+    plan = plan_for(adapted, context)
+    # All four agree on masks; what is lost is lost before it has trained.
+    assert sorted(secure_sum.enrol(plan)) == sorted(names)
+    names = names[:survivors]
+    request = TrainRequest(plan_digest=plan.digest, adapter=adapted.read(), public_key=context.to_bytes())
+    replies = transport.ask("train", dict.fromkeys(names, encode(request)))
+    opened = secure_sum.open(decode(reply.body or b"", UploadManifest) for reply in replies)
+    secure_sum.close()
     assert sorted(opened.cohort) == sorted(names)
     np.testing.assert_array_equal(opened.total, np.sum([noisy.grid for noisy in released], axis=0))
     # The model's order of tensors is not the adapter's; variances do not mind.
@@ -171,50 +192,50 @@ def _order(adapted: AdaptedModel) -> np.ndarray[Any, Any]:
     [
         {"noise_multiplier": PLAN.noise_multiplier * 0.99},
         {"noise_multiplier": PLAN.noise_multiplier * 2},
-        {"least_honest": 3},
         {"least_honest": 1},
+        {"dp": replace(PLAN.terms, max_grad_norm=2.0)},
+        {"dp": replace(PLAN.terms, noise="local")},
+        {"dp": None},
         {"clip": PLAN.gradient_clip * 2},
         {"release": "update"},
     ],
     ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
 )
 def test_a_round_that_is_not_what_the_sites_plan_promises_is_declined_at_no_cost(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path, changes: dict[str, Any]
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    context = secure_sum.begin(contributors=4, value_bits=18)
     site = make("north")
     with pytest.raises(SiteFailed) as failure:
-        site.handle("train", request(adapted, context, round_plan(adapted, context, **changes)))
+        train(site, adapted, context, plan_for(adapted, context, **changes))
     assert failure.value.code == "declined"
     assert [entry["kind"] for entry in Ledger(tmp_path / "north.sqlite", "north").entries()] == ["PLAN"]
 
 
 def test_a_site_that_sends_updates_declines_a_round_of_gradients(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext
 ) -> None:
-    context = secure_sum.begin(contributors=4, value_bits=18)
     site = make("north", replace(PLAN, noise="local", release="update"))
     with pytest.raises(SiteFailed) as failure:
-        site.handle("train", request(adapted, context, round_plan(adapted, context)))
+        train(site, adapted, context, plan_for(adapted, context))
     assert failure.value.code == "declined"
 
 
 def test_a_grid_too_coarse_for_the_adapter_is_refused(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext
 ) -> None:
-    context = secure_sum.begin(contributors=4, value_bits=6)
     with pytest.raises(SiteFailed):
-        make("north").handle("train", request(adapted, context, round_plan(adapted, context, value_bits=6)))
+        train(make("north"), adapted, context, plan_for(adapted, context, value_bits=6))
 
 
-def test_no_round_counts_on_more_honest_sites_than_a_sum_must_hold(adapted: AdaptedModel, secure_sum: CkksSum) -> None:
-    context = secure_sum.begin(contributors=4, value_bits=18)
+def test_no_round_counts_on_more_honest_sites_than_a_sum_must_hold(
+    adapted: AdaptedModel, context: PublicContext
+) -> None:
     with pytest.raises(InvalidValue, match="least_honest"):
-        round_plan(adapted, context, least_honest=4)
+        plan_for(adapted, context, least_honest=3)
 
 
-def test_a_gradient_off_the_rounds_grid_is_refused(adapted: AdaptedModel, secure_sum: CkksSum) -> None:
-    plan = round_plan(adapted, secure_sum.begin(contributors=4, value_bits=18))
+def test_a_gradient_off_the_rounds_grid_is_refused(adapted: AdaptedModel, context: PublicContext) -> None:
+    plan = plan_for(adapted, context)
     grid = np.zeros(plan.dimension, dtype=np.int64)
     on_grid(NoisySum(grid=grid, grid_step=plan.grid_step), plan)
     with pytest.raises(InvalidValue, match="grid_step"):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields as fields_of
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -28,12 +30,14 @@ from fedcollm_privacy.dp_sgd import noisy_sum, release_private_gradient, run_pri
 from fedcollm_privacy.errors import PrivacyViolation, ProtocolError
 from fedcollm_privacy.independence import Independence
 from fedcollm_privacy.ledger import Reservation
-from fedcollm_privacy.messages import NoisySum, RoundPlan
+from fedcollm_privacy.messages import DpTerms, NoisySum, RoundPlan
 from fedcollm_privacy.per_sample import per_sample_gradients
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
 from secure_fedcollm.losses import per_record_loss
 from secure_fedcollm.tokenization import Example, collate
+
+from .secure_sums import round_plan
 
 ALPHA = 1e-7
 LATTICE = 2.0**-20
@@ -930,22 +934,17 @@ def gradient_plan(**changes: Any) -> DpPlan:
 
 def round_of(chosen: DpPlan, model: nn.Module, **changes: Any) -> RoundPlan:
     fields: dict[str, Any] = {
-        "run_id": "run",
-        "server_round": 1,
-        "attempt": 1,
-        "spec_digest": "0" * 64,
         "dimension": sum(p.numel() for p in trainable(model)),
         "clip": chosen.gradient_clip,
         "value_bits": 18,
-        "min_contributors": 4,
+        "min_contributors": 5,
         "max_contributors": 5,
-        "key_digest": "0" * 64,
-        "nonce": "00",
+        "dp": chosen.terms,
         "release": "gradient",
         "noise_multiplier": chosen.noise_multiplier,
         "least_honest": chosen.least_honest,
     }
-    return RoundPlan(**(fields | changes))
+    return round_plan(**(fields | changes))
 
 
 def release(model: nn.Module, chosen: DpPlan, paid: Reservation, **changes: Any) -> NoisySum:
@@ -990,6 +989,21 @@ def test_a_sum_beyond_the_rounds_range_is_projected_before_the_noise(expected_ba
     assert not (all_of_them - noise)[2:].any()
 
 
+OTHER_TERMS: tuple[dict[str, Any], ...] = (
+    {"unit": "person"},
+    {"max_records_per_unit": 2},
+    {"max_grad_norm": 0.71},
+    {"expected_batch_size": 5},
+    {"steps_per_round": 2},
+    {"clipping": "automatic"},
+    {"noise": "local"},
+)
+
+
+def test_other_terms_are_those_of_every_field() -> None:
+    assert [next(iter(changes)) for changes in OTHER_TERMS] == [field.name for field in fields_of(DpTerms)]
+
+
 def test_a_gradient_is_released_once_of_one_step_for_its_own_round_and_model() -> None:
     """What is refused before the reservation is taken leaves it; what was paid for once is made once."""
     model, chosen = Net(), gradient_plan()
@@ -997,6 +1011,9 @@ def test_a_gradient_is_released_once_of_one_step_for_its_own_round_and_model() -
     for changes in ({"noise_multiplier": 1.0}, {"least_honest": 3}, {"clip": chosen.gradient_clip / 2}):
         with pytest.raises(ProtocolError, match=next(iter(changes))):
             release(model, chosen, paid, round_plan=round_of(chosen, model, **changes))
+    for terms in (None, *(replace(chosen.terms, **changes) for changes in OTHER_TERMS)):
+        with pytest.raises(ProtocolError, match="privacy terms"):
+            release(model, chosen, paid, round_plan=round_of(chosen, model, dp=terms))
     with pytest.raises(PrivacyViolation, match="another model"):
         release(model, chosen, paid, independence=Independence(model=Net()))
     with pytest.raises(PrivacyViolation, match="other parameters"):

@@ -24,7 +24,7 @@ from fedcollm_privacy.decryptor import Decryptor
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import TrainRequest
 from fedcollm_privacy.plan import DpPlan
-from fedcollm_privacy.secure_sum import CkksSum
+from fedcollm_privacy.secure_sum import MaskedSum
 from fedcollm_privacy.wire import decode
 from secure_fedcollm import distillation, losses
 from secure_fedcollm.config import (
@@ -50,6 +50,8 @@ from secure_fedcollm.tokenization import Batch, TokenDataset, tokenize
 from secure_fedcollm.training import LocalTraining, train_non_private
 from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import InProcessTransport
+
+from .secure_sums import NOW, Parties
 
 LoadTiny = Callable[..., AdaptedModel]
 Vector = np.ndarray[Any, np.dtype[np.float32]]
@@ -97,6 +99,7 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
         adapter=AdapterConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=None, aggregation=aggregation),
         privacy=None,
         federation=FederationConfig(
+            round_time_limit_s=3600,
             rounds=2,
             local_steps=LOCAL_STEPS,
             release="update",
@@ -124,7 +127,7 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
             }
             | distil
         ),
-        secure_sum=SecureSumConfig(value_bits=BITS, clip=None),
+        secure_sum=SecureSumConfig(value_bits=BITS, clip=None, threshold=None, max_colluding=1, max_mean_norm=None),
         evaluation=EvaluationConfig(every=1, max_records=8, generations=0, max_new_tokens=4),
     )
 
@@ -151,10 +154,9 @@ class Laboratory:
 
 
 @pytest.fixture(scope="module")
-def secure_sum() -> Iterator[CkksSum]:
-    chosen = CkksSum(Aggregator(), Decryptor())
-    yield chosen
-    chosen.close()
+def aggregator() -> Iterator[Aggregator]:
+    with Aggregator() as process:
+        yield process
 
 
 @pytest.fixture
@@ -162,10 +164,12 @@ def laboratory(
     load_tiny: LoadTiny,
     tiny_tokens: TokenDataset,
     tiny_tokenizer: PreTrainedTokenizerFast,
-    secure_sum: CkksSum,
+    aggregator: Aggregator,
     tmp_path: Path,
 ) -> Callable[..., Laboratory]:
     made = 0
+
+    parties = Parties.named(*SIZES)
 
     def build(config: Config | None = None, budget: Callable[[str], PrivateBudget] | None = None) -> Laboratory:
         nonlocal made
@@ -180,18 +184,28 @@ def laboratory(
             first += size
             sites.append(
                 Site(
-                    name=name,
+                    contributor=parties.contributor(name, tmp_path / str(made)),
                     run_id="run",
                     adapted=load_tiny("llama"),
                     tokens=parts[name],
                     aggregation=config.adapter.aggregation,
                     budget=budget(name) if budget else NonPrivate(steps=LOCAL_STEPS, batch_size=4, seed=number),
                     how=HOW,
-                    min_contributors=3,
                     progress=progress,
                 )
             )
-        server = Server(config=config, run_id="run", slm=slm, llm=llm, public_tokens=public, sites=3, progress=progress)
+        server = Server(
+            config=config,
+            run_id="run",
+            slm=slm,
+            llm=llm,
+            public_tokens=public,
+            sites=3,
+            roster_digest=parties.roster.digest,
+            terms=None if budget is None else budget("small").plan.terms,
+            clock=lambda: NOW,
+            progress=progress,
+        )
         requests: list[tuple[str, TrainRequest]] = []
 
         def noted(site: Site) -> Callable[[str, bytes], bytes]:
@@ -202,11 +216,21 @@ def laboratory(
 
             return handle
 
+        transport = InProcessTransport({site.name: noted(site) for site in sites})
+        transcript = Transcript(tmp_path / f"transcript{made}.jsonl")
         federation = Federation(
             server=server,
-            transport=InProcessTransport({site.name: noted(site) for site in sites}),
-            secure_sum=secure_sum,
-            transcript=Transcript(tmp_path / f"transcript{made}.jsonl"),
+            transport=transport,
+            secure_sum=MaskedSum(
+                aggregator=aggregator,
+                decryptor=Decryptor(parties.roster),
+                key=parties.server,
+                roster=parties.roster,
+                channel=transport,
+                witness=transcript.record,
+            ),
+            transcript=transcript,
+            keep=lambda opened: None,
             sites=tuple(sites),
         )
         return Laboratory(
@@ -361,7 +385,8 @@ def test_06_the_sites_get_the_distilled_slm(
     monkeypatch.setattr(lab.server, "apply", noted)
     first = lab.round(lab.start, 1)
     lab.round(first, 2)
-    broadcasts = {round_: [r.adapter for _, r in lab.requests if r.plan.server_round == round_] for round_ in (1, 2)}
+    plans = list(dict.fromkeys(r.plan_digest for _, r in lab.requests))
+    broadcasts = {n: [r.adapter for _, r in lab.requests if r.plan_digest == plans[n - 1]] for n in (1, 2)}
     assert len(broadcasts[1]) == len(broadcasts[2]) == 3
     assert all(b.tobytes() == lab.start.slm.tobytes() for b in broadcasts[1])
     assert all(b.tobytes() == first.slm.tobytes() for b in broadcasts[2])
@@ -523,7 +548,7 @@ def test_13_sites_start_equal_and_weigh_equal(laboratory: Callable[..., Laborato
     """Fault 13: a mean weighted by private record counts, and clients that each drew an A of their own."""
     lab = laboratory(settings("freeze_a", steps=0))
     after = lab.round(lab.start)
-    assert [name for name, _ in lab.requests] == list(SIZES)
+    assert [name for name, _ in lab.requests] == sorted(SIZES)
     assert {r.adapter.tobytes() for _, r in lab.requests} == {lab.start.slm.tobytes()}
     assert load_tiny("llama").read().tobytes() == lab.start.slm.tobytes()
     found = updates(lab, load_tiny, lab.start.slm, 1)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcollm_privacy.errors import InvalidValue
+from fedcollm_privacy.messages import DpTerms
 from fedcollm_privacy.plan import DpPlan, calibrate, nominal_size
 
 PERSON: dict[str, Any] = {
@@ -198,6 +199,68 @@ def test_as_dict_holds_every_field_and_comes_back_through_json() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(DpPlan)}
     assert values["sample_rate"] == "2/75"
     assert DpPlan(**(values | {"sample_rate": Fraction(values["sample_rate"])})) == plan
+
+
+def test_the_terms_are_what_all_sites_share_and_nothing_of_one_sites_own() -> None:
+    terms = DpPlan(**PERSON).terms
+    shared = {field.name for field in dataclasses.fields(DpTerms)}
+    assert dataclasses.asdict(terms) == {"clipping": "flat", "noise": "local"} | {
+        name: value for name, value in PERSON.items() if name in shared
+    }
+    # Noise and rate follow from a site's size; the rounds and delta are its budget; release and honest sites stand in
+    # the round's plan beside the terms.
+    own = {"noise_multiplier", "sample_rate", "delta", "rounds", "least_honest", "release", "randomness"}
+    assert {field.name for field in dataclasses.fields(DpPlan)} == shared | own | {"neighboring_relation"}
+    for name, value in {
+        "noise_multiplier": 2.0,
+        "sample_rate": Fraction(1, 3),
+        "delta": 1e-6,
+        "rounds": 3,
+        "least_honest": 2,
+        "randomness": "insecure_test_seed",
+    }.items():
+        assert DpPlan(**(PERSON | {name: value})).terms == terms, name
+    assert DpPlan(**(PERSON | {"steps_per_round": 1, "release": "gradient"})).terms == dataclasses.replace(
+        terms, steps_per_round=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("unit", "record"),
+        ("max_records_per_unit", 3),
+        ("max_grad_norm", 0.25),
+        ("expected_batch_size", 33),
+        ("steps_per_round", 1),
+        ("clipping", "automatic"),
+        ("noise", "distributed"),
+    ],
+)
+def test_plans_that_differ_in_what_is_shared_have_other_terms(name: str, value: Any) -> None:
+    start = PERSON | {"max_records_per_unit": 1} if name == "unit" else PERSON
+    start = GRADIENT if name == "noise" else start
+    one, two = DpPlan(**start).terms, DpPlan(**(start | {name: value})).terms
+    assert getattr(two, name) == value
+    assert dataclasses.replace(one, **{name: value}) == two != one
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("unit", "user"),
+        ("clipping", "adaptive"),
+        ("noise", "none"),
+        ("max_grad_norm", 0.0),
+        ("max_grad_norm", math.nan),
+        ("max_records_per_unit", 0),
+        ("expected_batch_size", 2.0),
+        ("steps_per_round", True),
+    ],
+)
+def test_terms_that_no_plan_could_have_do_not_exist(name: str, value: Any) -> None:
+    with pytest.raises(InvalidValue, match=name):
+        dataclasses.replace(DpPlan(**PERSON).terms, **{name: value})
 
 
 # ---------------------------------------------------------------- whose noise, seen by whom

@@ -10,29 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcollm_privacy.ckks_parameters import parameters_for
 from fedcollm_privacy.errors import FedCollmError, InvalidValue
-from fedcollm_privacy.messages import OpenedSum, PrivateUpdate, RoundPlan
-from fedcollm_privacy.quantization import clipped_fraction, dequantize_mean, quantize
+from fedcollm_privacy.messages import NoisySum, OpenedSum, PrivateUpdate, QuantizedUpdate, RoundPlan
+from fedcollm_privacy.quantization import clipped_fraction, dequantize_mean, on_grid, quantize
+
+from .secure_sums import digest, round_plan
+
+SPEC = digest("spec")
 
 
 def plan(**changes: Any) -> RoundPlan:
-    fields: dict[str, Any] = {
-        "run_id": "r",
-        "server_round": 1,
-        "attempt": 1,
-        "spec_digest": "spec",
-        "dimension": 4,
-        "clip": 0.5,
-        "value_bits": 8,
-        "min_contributors": 3,
-        "max_contributors": 16,
-        "key_digest": "",
-        "nonce": "",
-    }
-    return RoundPlan(**(fields | changes))
+    return round_plan(
+        **({"spec_digest": SPEC, "dimension": 4, "clip": 0.5, "value_bits": 8, "max_contributors": 16} | changes)
+    )
 
 
-def update(*values: float, spec: str = "spec") -> PrivateUpdate:
+def update(*values: float, spec: str = SPEC) -> PrivateUpdate:
     return PrivateUpdate(vector=np.array(values, dtype=np.float32), spec_digest=spec, reservation="non-private")
 
 
@@ -77,7 +71,7 @@ def test_blocks_do_not_show_in_the_result() -> None:
 
 
 def test_an_update_of_another_adapter_or_length_is_refused() -> None:
-    for wrong in (update(0, 0, 0, 0, spec="other"), update(0, 0, 0)):
+    for wrong in (update(0, 0, 0, 0, spec=digest("other")), update(0, 0, 0)):
         with pytest.raises(InvalidValue, match=r"as planned|adapter"):
             quantize(wrong, plan())
         with pytest.raises(InvalidValue):
@@ -85,8 +79,29 @@ def test_an_update_of_another_adapter_or_length_is_refused() -> None:
 
 
 def test_a_plan_whose_sum_could_overflow_is_refused() -> None:
+    narrow = plan(value_bits=18, max_contributors=16, ckks=parameters_for(16, 8))
     with pytest.raises(InvalidValue, match="value_bits"):
-        quantize(update(0, 0, 0, 0), plan(value_bits=18, max_contributors=16))
+        quantize(update(0, 0, 0, 0), narrow)
+    with pytest.raises(InvalidValue, match="value_bits"):
+        on_grid(NoisySum(grid=np.zeros(4, dtype=np.int64), grid_step=narrow.grid_step), narrow)
+    assert not quantize(update(0, 0, 0, 0), plan(value_bits=18, max_contributors=16)).grid.any()
+
+
+def test_the_grid_is_of_32_bits_and_so_is_what_is_taken_for_one() -> None:
+    widest = plan(value_bits=18)
+    grid = quantize(update(0.5, -0.5, 0.25, 0), widest).grid
+    assert grid.dtype == np.int32
+    assert grid.tolist() == [131071, -131071, 65536, 0]
+    gradient = plan(value_bits=18, release="gradient", min_contributors=5, least_honest=4)
+    noisy = NoisySum(grid=grid.astype(np.int64), grid_step=gradient.grid_step)
+    assert on_grid(noisy, gradient).grid.dtype == np.int32
+    assert (on_grid(noisy, gradient).grid == grid).all()
+    beyond = NoisySum(grid=np.array([2**32, 0, 0, 0]), grid_step=gradient.grid_step)
+    with pytest.raises(InvalidValue, match="beyond the grid"):
+        on_grid(beyond, gradient)
+    for wrong in (grid.astype(np.int64), grid.astype(np.float32), grid.reshape(2, 2)):
+        with pytest.raises(InvalidValue, match="int32"):
+            QuantizedUpdate(plan=widest, grid=wrong)
 
 
 def test_clipped_fraction_counts_what_saturated() -> None:
@@ -113,5 +128,5 @@ def test_quantised_mean_lies_within_half_a_step_of_the_plain_mean() -> None:
     rng = np.random.default_rng(1)
     vectors = rng.uniform(-0.5, 0.5, (3, 4)).astype(np.float32)
     grids = [quantize(update(*vector), plan()).grid for vector in vectors]
-    opened = OpenedSum(plan=plan(), cohort=("a", "b", "c"), total=np.sum(grids, axis=0))
+    opened = OpenedSum(plan=plan(), cohort=("a", "b", "c"), total=np.sum(grids, axis=0, dtype=np.int64))
     assert np.abs(dequantize_mean(opened) - vectors.mean(0)).max() <= plan().grid_step / 2 + 1e-7

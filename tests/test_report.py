@@ -57,7 +57,15 @@ def a_summary() -> dict[str, Any]:
         "bytes_per_parameter": 8.0,
         "bytes_up": 23 * 2 * 65_536,
         "uploaded_parameters": 16_384,
-        "ckks": {"poly_modulus_degree": 4096, "coeff_mod_bit_sizes": [60, 49], "value_bits": 13},
+        "secure_sum": {
+            "poly_modulus_degree": 4096,
+            "coeff_mod_bit_sizes": [60, 49],
+            "value_bits": 13,
+            "sites": 4,
+            "threshold": 3,
+            "min_contributors": 3,
+            "max_colluding": 1,
+        },
         "claims": [
             {"claim": "Every opened sum held at least 3 sites", "holds": True, "detail": "5 openings, fewest 4 sites"},
             {"claim": "No round was opened twice", "holds": True, "detail": ""},
@@ -228,8 +236,9 @@ def test_flow_has_the_numbers_of_the_run(full: str) -> None:
     # 16,384 parameters of 8 bytes; 65,536 bytes a ciphertext: two polynomials of 4096 words of 8 bytes
     assert "encrypted131 kB each2 ciphertexts8.00 bytes per parameter" in text
     assert "Opened 5 sums of 4 sites; 1 round lost, nothing opened." in text
-    assert "could open them" in text
-    assert "are a later release" in text
+    assert "opens that sum and nothing smaller, as long as at most 1 of the 4 sites work with the server" in text
+    assert "3 sites' shares take the masks of a sum away" in text
+    assert "whoever runs that machine could read everything" in text
     assert re.search(r"✗ does not\s*A single update is unreadable even to the key holder", text)
 
 
@@ -310,7 +319,7 @@ def test_missing_part_is_left_out(key: str | None, tmp_path: Path) -> None:
     page = render(tmp_path, summary)
     assert page.open == []
     assert ("Planted secrets" in page.text) == (key not in (None, "secrets"))
-    assert ("What was encrypted" in page.text) == (key not in (None, "ckks", "bytes_up"))
+    assert ("What was encrypted" in page.text) == (key not in (None, "secure_sum", "bytes_up"))
 
 
 def every_path(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -377,7 +386,7 @@ def test_broken_metrics_line_is_refused_by_number(line: str, tmp_path: Path) -> 
 
 def test_standalone_run_draws_its_sites_and_no_flow(tmp_path: Path) -> None:
     summary, rounds = a_summary(), some_rounds()[:3]
-    for key in ("ckks", "bytes_up", "bytes_per_parameter"):
+    for key in ("secure_sum", "bytes_up", "bytes_per_parameter"):
         summary[key] = None
     for line in rounds:
         line |= {"outcome": "kept", "slm": None, "cohort": []}

@@ -34,7 +34,7 @@ def settled_rounds(ledger: Path) -> int:
     return sum(e["kind"] == "SETTLE" for e in Ledger(ledger, ledger.stem).entries()) if ledger.exists() else 0
 
 
-@pytest.mark.parametrize("moment", ["while a site trains", "after the round was settled"])
+@pytest.mark.parametrize("moment", ["while a site trains", "after the sum was opened", "after the round was settled"])
 def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], moment: str
 ) -> None:
@@ -59,6 +59,8 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
         entries = Ledger(ledger, "s01").entries() if ledger.exists() else []
         last = entries[-1] if entries else {"kind": ""}
         if moment == "while a site trains" and last["kind"] == "RESERVE" and last["server_round"] == 2:
+            break
+        if moment == "after the sum was opened" and (out / "opened.safetensors").exists():
             break
         if moment == "after the round was settled" and last["kind"] == "SETTLE" and len(entries) >= 3:
             break
@@ -94,6 +96,12 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
     if moment == "while a site trains":
         assert len(reserved) == ROUNDS + 1  # the cut attempt stays spent, and was reserved anew
         assert entries[-1]["epsilon"] if entries[-1]["kind"] == "RESERVE" else True
+    if moment == "after the sum was opened":
+        # Sites give their shares once a round: the sum that was on disk is used, nothing is paid for twice.
+        assert "going on from there" in text
+        assert len(reserved) == len(plans) == ROUNDS
+        assert all(row["outcome"] in ("before", "opened") for row in rows)
+    assert not (out / "opened.safetensors").exists()
 
     again = fedcollm(["run", f"resume={out}"], home)
     message = again.communicate(timeout=60)[0].decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,20 +142,20 @@ def test_the_encrypted_sum_is_the_plain_integer_sum_in_every_round(
 ) -> None:
     grids: list[np.ndarray] = []
     opened: list[OpenedSum] = []
-    quantize, open_sum = site_module.quantize, secure_sum_module.CkksSum.open
+    quantize, open_sum = site_module.quantize, secure_sum_module.MaskedSum.open
 
     def recording_quantize(update: Any, plan: Any) -> Any:
         result = quantize(update, plan)
         grids.append(result.grid)
         return result
 
-    def recording_open(self: Any, plan: Any, uploads: Any) -> OpenedSum:
-        result = open_sum(self, plan, uploads)
+    def recording_open(self: Any, uploads: Any) -> OpenedSum:
+        result = open_sum(self, uploads)
         opened.append(result)
         return result
 
     monkeypatch.setattr(site_module, "quantize", recording_quantize)
-    monkeypatch.setattr(secure_sum_module.CkksSum, "open", recording_open)
+    monkeypatch.setattr(secure_sum_module.MaskedSum, "open", recording_open)
     launch(sites=sites)
     assert len(opened) == 2
     assert len(grids) == 2 * sites
@@ -163,6 +164,43 @@ def test_the_encrypted_sum_is_the_plain_integer_sum_in_every_round(
         assert np.any(plain != 0)
         np.testing.assert_array_equal(result.total, plain)
         assert len(result.cohort) == sites
+
+
+def test_a_sum_beyond_its_norm_changes_no_model_and_the_budget_stays_spent(launch: Launch, tmp_path: Path) -> None:
+    with pytest.raises(FedCollmError, match="all 2 rounds were lost"):
+        launch("secure_sum.max_mean_norm=1e-9")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["outcome"] for row in rows] == ["before", "lost", "lost"]
+    assert rows[0]["slm"] == rows[2]["slm"]
+    assert rows[2]["epsilon"]["s00"] > rows[1]["epsilon"]["s00"] > 0
+    outcomes = [e["outcome"] for e in Ledger(tmp_path / "home" / "ledgers" / "s00.sqlite", "s00").entries()[2::2]]
+    assert outcomes == ["lost", "lost"]
+
+
+def test_a_site_that_sends_a_million_times_its_update_is_held_at_the_range_or_loses_the_round(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize, norms, sent = site_module.quantize, [], []
+
+    def poisoned(update: Any, plan: Any) -> Any:
+        hostile = len(sent) % 3 == 0
+        vector = update.vector * np.float32(1e6) if hostile else update.vector
+        result = quantize(dataclasses.replace(update, vector=vector), plan)
+        sent.append(result.grid)
+        norms.append(plan.max_mean_norm)
+        return result
+
+    monkeypatch.setattr(site_module, "quantize", poisoned)
+    rows = launch()
+    assert rows["rounds_lost"] == 0
+    levels = 2**12 - 1
+    assert max(int(np.abs(grid).max()) for grid in sent) == levels
+    assert all(np.abs(grid).mean() > 0.9 * levels for grid in sent[::3])
+    # With a limit just below what that site alone makes of the mean, every round is lost.
+    limit = 0.9 * norms[0] / 3
+    sent.clear()
+    with pytest.raises(FedCollmError, match="rounds were lost"):
+        launch(f"secure_sum.max_mean_norm={limit}", "privacy.cap_epsilon=100", output="gated")
 
 
 @pytest.mark.parametrize("aggregation", ["rebase", "freeze_a", "factor_average"])

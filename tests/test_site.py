@@ -15,22 +15,28 @@ import pytest
 import torch
 
 from fedcollm_privacy.aggregator import Aggregator
-from fedcollm_privacy.ckks import PublicContext
+from fedcollm_privacy.ckks import PublicContext, parameters_for
 from fedcollm_privacy.decryptor import Decryptor
 from fedcollm_privacy.errors import FedCollmError, ModelError, SiteFailed
+from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.independence import Independence
 from fedcollm_privacy.ledger import Ledger
-from fedcollm_privacy.messages import PrivateUpdate, Receipt, RoundPlan, SealedUpdate, Settlement, TrainRequest
+from fedcollm_privacy.messages import PrivateUpdate, Receipt, RoundPlan, Settlement, TrainRequest, vector_digest
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import quantize
-from fedcollm_privacy.secure_sum import CkksSum
+from fedcollm_privacy.secure_sum import MaskedSum
+from fedcollm_privacy.secure_sum_messages import UploadManifest, sign_plan
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
 from secure_fedcollm.tokenization import Batch, TokenDataset
 from secure_fedcollm.training import LocalTraining, Paid
+from secure_fedcollm.transport import InProcessTransport
 
+from .secure_sums import NOW, Parties, round_plan
+
+PARTIES = Parties.named("north", "south", "west")
 DP_PLAN = DpPlan(
     unit="record",
     max_records_per_unit=1,
@@ -44,11 +50,10 @@ DP_PLAN = DpPlan(
 )
 
 
-@pytest.fixture(scope="module")
-def secure_sum() -> Iterator[CkksSum]:
-    opened = CkksSum(Aggregator(time_limit_s=60), Decryptor())
-    yield opened
-    opened.close()
+@pytest.fixture
+def context() -> PublicContext:
+    """A round's public key; nobody here opens anything with it."""
+    return Decryptor(PARTIES.roster).new_round_key(parameters_for(3, 13))
 
 
 @pytest.fixture
@@ -66,7 +71,9 @@ def forwards(adapted: AdaptedModel) -> list[int]:
 
 @pytest.fixture
 def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Callable[..., Site]:
-    def site(name: str = "north", *, cap: float = 1e3, learning_rate: float = 1e-2, **changes: Any) -> Site:
+    def site(
+        name: str = "north", *, cap: float = 1e3, learning_rate: float = 1e-2, floor: int = 3, **changes: Any
+    ) -> Site:
         ledger = Ledger(tmp_path / f"{name}.sqlite", name)
         ledger.commit_plan(run_id="run", data_set="notes", plan=DP_PLAN, cap_epsilon=cap, cap_delta=0.1)
         fields: dict[str, Any] = {
@@ -76,10 +83,9 @@ def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Ca
             "aggregation": "rebase",
             "budget": PrivateBudget(plan=DP_PLAN, ledger=ledger),
             "how": LocalTraining(learning_rate=learning_rate, batch_tokens=64),
-            "min_contributors": 3,
             "progress": RunProgress(quiet=True),
         }
-        return Site(name=name, **(fields | changes))
+        return Site(contributor=PARTIES.contributor(name, tmp_path, min_contributors=floor), **(fields | changes))
 
     return site
 
@@ -92,30 +98,42 @@ def kinds(folder: Path, name: str = "north") -> list[str]:
     return [entry["kind"] for entry in ledger_of(folder, name).entries()]
 
 
-def round_plan(adapted: AdaptedModel, context: PublicContext, **changes: Any) -> RoundPlan:
+def plan_for(adapted: AdaptedModel, context: PublicContext, **changes: Any) -> RoundPlan:
     spec = adapted.shared_spec("rebase")
     fields: dict[str, Any] = {
         "run_id": "run",
-        "server_round": 1,
-        "attempt": 1,
         "spec_digest": spec.digest,
+        "adapter_digest": vector_digest(adapted.read()),
         "dimension": spec.dimension,
         "clip": 0.05,
-        "value_bits": 13,
-        "min_contributors": 3,
         "max_contributors": 3,
+        "roster_digest": PARTIES.roster.digest,
+        "ckks": context.parameters,
         "key_digest": context.digest,
-        "nonce": "00",
+        "dp": DP_PLAN.terms,
     }
-    return RoundPlan(**(fields | changes))
+    return round_plan(**(fields | changes))
 
 
-def request(
-    adapted: AdaptedModel, context: PublicContext, adapter: np.ndarray[Any, Any] | None = None, **changes: Any
+def train(
+    site: Site,
+    adapted: AdaptedModel,
+    context: PublicContext,
+    broadcast: np.ndarray[Any, Any] | None = None,
+    **changes: Any,
 ) -> bytes:
-    plan = round_plan(adapted, context, **changes)
-    broadcast = adapted.read() if adapter is None else adapter
-    return encode(TrainRequest(plan=plan, adapter=broadcast, public_key=context.to_bytes()))
+    """Lead a site through a round until it has uploaded, its peers played by stand-ins; gives its answer."""
+    adapter = adapted.read() if broadcast is None else broadcast
+    plan = plan_for(adapted, context, **({"adapter_digest": vector_digest(adapter)} | changes))
+    request = TrainRequest(plan_digest=plan.digest, adapter=adapter, public_key=context.to_bytes())
+    PARTIES.bring_to_training(plan, {site.name: site.handle})
+    return site.handle("train", encode(request))
+
+
+def refused_training(site: Site, *arguments: Any, **changes: Any) -> SiteFailed:
+    with pytest.raises(SiteFailed) as failure:
+        train(site, *arguments, **changes)
+    return failure.value
 
 
 def receipt(outcome: str) -> bytes:
@@ -137,63 +155,104 @@ def refused(site: Site, body: bytes, operation: str = "train") -> SiteFailed:
         {"run_id": "another-run"},
         {"spec_digest": "0" * 64},
         {"dimension": 7},
-        {"min_contributors": 3, "max_contributors": 5000},
         {"value_bits": 18, "max_contributors": 100},
-        {"key_digest": "0" * 64},
+        {"roster_digest": "0" * 64},
+        {"max_colluding": 0},
+        {"expires_at": NOW},
+        {"dp": None},
+        {"dp": dataclasses.replace(DP_PLAN.terms, max_grad_norm=2.0)},
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_a_plan_that_is_foreign_or_cannot_be_sealed_costs_nothing(
+def test_a_plan_that_is_foreign_weak_or_cannot_be_sealed_costs_nothing(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
+    context: PublicContext,
     tmp_path: Path,
     forwards: list[int],
     changes: dict[str, Any],
 ) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
-    assert refused(make(), request(adapted, context, **changes)).code == "declined"
+    site, plan = make(), plan_for(adapted, context, **changes)
+    assert refused(site, encode(sign_plan(plan, PARTIES.server)), "advertise").code == "declined"
+    assert kinds(tmp_path) == ["PLAN"]
+    assert not forwards
+    train(site, adapted, context)
+
+
+def test_a_plan_that_another_signed_costs_nothing(
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext
+) -> None:
+    plan = plan_for(adapted, context)
+    for forger in (SigningKey.generate("server"), PARTIES.sites["south"]):
+        assert refused(make(), encode(sign_plan(plan, forger)), "advertise").code == "declined"
+
+
+@pytest.mark.parametrize("field", ["key_digest", "adapter_digest"])
+def test_another_key_or_adapter_than_the_plans_costs_nothing(
+    make: Callable[..., Site],
+    adapted: AdaptedModel,
+    context: PublicContext,
+    tmp_path: Path,
+    forwards: list[int],
+    field: str,
+) -> None:
+    """An adapter of its own for one site would single its update out (Pasquini et al. 2022)."""
+    assert refused_training(make(), adapted, context, **{field: "0" * 64}).code == "declined"
     assert kinds(tmp_path) == ["PLAN"]
     assert not forwards
 
 
-def test_the_sites_own_floor_of_contributors_holds(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+def test_training_is_asked_for_in_its_turn_only(
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
 ) -> None:
-    context = secure_sum.begin(contributors=8, value_bits=13)
-    site = make(min_contributors=5)
-    weak = request(adapted, context, min_contributors=4, max_contributors=8)
-    assert refused(site, weak).code == "declined"
-    assert kinds(tmp_path) == ["PLAN"]
-    site.handle("train", request(adapted, context, min_contributors=5, max_contributors=8))
-    assert kinds(tmp_path) == ["PLAN", "RESERVE"]
-
-
-def test_a_replayed_plan_is_not_answered_twice(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
-) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
-    site, body = make(), request(adapted, context)
+    site, plan = make(), plan_for(adapted, context)
+    body = encode(TrainRequest(plan_digest=plan.digest, adapter=adapted.read(), public_key=context.to_bytes()))
+    assert refused(site, body).code == "declined"
+    PARTIES.bring_to_training(plan, {site.name: site.handle})
     site.handle("train", body)
     assert refused(site, body).code == "declined"
     assert kinds(tmp_path) == ["PLAN", "RESERVE"]
+
+
+def test_the_sites_own_floor_of_contributors_holds(
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
+) -> None:
+    site, wide = make(floor=4), parameters_for(4, 13)
+    weak, sound = (
+        plan_for(adapted, context, min_contributors=k, max_contributors=4, server_round=k, ckks=wide) for k in (3, 4)
+    )
+    assert refused(site, encode(sign_plan(weak, PARTIES.server)), "advertise").code == "declined"
+    site.handle("advertise", encode(sign_plan(sound, PARTIES.server)))
+    assert kinds(tmp_path) == ["PLAN"]
+
+
+def test_a_replayed_plan_is_not_answered_twice(
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
+) -> None:
+    site = make()
+    train(site, adapted, context)
+    assert refused_training(site, adapted, context).code == "declined"
+    assert kinds(tmp_path) == ["PLAN", "RESERVE"]
     # The same round under a fresh nonce is another attempt, and is paid for again.
-    site.handle("train", request(adapted, context, attempt=2, nonce="01"))
+    train(site, adapted, context, attempt=2, nonce="01")
     assert kinds(tmp_path) == ["PLAN", "RESERVE", "RESERVE"]
 
 
 @pytest.mark.parametrize("operation", ["evaluate", "", "__init__", "train_alone"])
-def test_a_site_answers_two_operations_only(make: Callable[..., Site], operation: str) -> None:
+def test_a_site_answers_its_eight_operations_only(make: Callable[..., Site], operation: str) -> None:
     assert refused(make(), b"", operation).code == "declined"
 
 
 def test_malformed_requests_cost_nothing(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
 ) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
-    sound = request(adapted, context)
-    no_key = encode(TrainRequest(plan=round_plan(adapted, context), adapter=adapted.read(), public_key=b"\xff" * 99))
-    site = make()
+    site, plan = make(), plan_for(adapted, context)
+    PARTIES.bring_to_training(plan, {site.name: site.handle})
+    requests = [
+        encode(TrainRequest(plan_digest=plan.digest, adapter=adapted.read(), public_key=key))
+        for key in (context.to_bytes(), b"\xff" * 99)
+    ]
+    sound, no_key = requests
     for body in (b"", b"\x00" * 400, sound[:-1], sound[:100] + b"\x01" + sound[101:], receipt("lost"), no_key):
         assert refused(site, body).code == "declined"
     assert refused(site, sound, "settle").code == "declined"
@@ -204,32 +263,30 @@ def test_malformed_requests_cost_nothing(
 def test_a_broadcast_that_is_not_finite_costs_nothing(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
+    context: PublicContext,
     tmp_path: Path,
     forwards: list[int],
     value: float,
 ) -> None:
     broadcast = adapted.read()
     broadcast[3] = value
-    context = secure_sum.begin(contributors=3, value_bits=13)
-    assert refused(make(), request(adapted, context, broadcast)).code == "failed"
+    assert refused_training(make(), adapted, context, broadcast).code == "failed"
     assert kinds(tmp_path) == ["PLAN"]
     assert not forwards
 
 
 def test_a_spent_budget_declines_before_any_gradient(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path, forwards: list[int]
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path, forwards: list[int]
 ) -> None:
     site = make(cap=DP_PLAN.epsilon(4))
-    context = secure_sum.begin(contributors=3, value_bits=13)
     for number in (1, 2):
-        site.handle("train", request(adapted, context, server_round=number))
+        train(site, adapted, context, server_round=number)
     assert forwards, "the counter must count"
     forwards.clear()
     before = ledger_of(tmp_path).entries()
-    failure = refused(site, request(adapted, context, server_round=3))
+    failure = refused_training(site, adapted, context, server_round=3)
     assert failure.code == "declined"
-    assert len(forwards) == 7, "the self-test on made-up records, and nothing after it"
+    assert not forwards
     assert ledger_of(tmp_path).entries() == before
 
 
@@ -237,14 +294,13 @@ def test_a_spent_budget_declines_before_any_gradient(
 
 
 def test_a_reservation_is_on_disk_before_the_first_gradient(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
 ) -> None:
     seen: list[list[str]] = []
-    context = secure_sum.begin(contributors=3, value_bits=13)
     site = make()
-    site.handle("train", request(adapted, context))  # before the first round the model is tested on made-up records
+    train(site, adapted, context)  # before the first round the model is tested on made-up records
     adapted.model.register_forward_pre_hook(lambda *_: seen.append(kinds(tmp_path)))
-    site.handle("train", request(adapted, context, server_round=2))
+    train(site, adapted, context, server_round=2)
     tests_of_the_model = [i for i, entries in enumerate(seen) if entries == ["PLAN", "RESERVE"]]
     # Every round's adapter is tested on made-up records (7 passes) before the reservation, and nothing else is read.
     assert tests_of_the_model == list(range(7))
@@ -255,28 +311,27 @@ def test_a_reservation_is_on_disk_before_the_first_gradient(
 def test_the_model_is_tested_with_every_rounds_adapter(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
+    context: PublicContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server chooses it: what passed in the first round may mix records in the second (8 C were measured)."""
-    context = secure_sum.begin(contributors=3, value_bits=13)
     site = make()
-    site.handle("train", request(adapted, context))
+    train(site, adapted, context)
 
     def mixing(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
         return logits.square().mean((1, 2)) * logits.square().mean()
 
     monkeypatch.setattr("secure_fedcollm.training.per_record_loss", mixing)
-    assert refused(site, request(adapted, context, server_round=2)).code == "failed"
+    assert refused_training(site, adapted, context, server_round=2).code == "failed"
     assert kinds(tmp_path).count("RESERVE") == 1
 
 
 def test_records_are_not_read_before_the_model_has_passed_its_test(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
+    context: PublicContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     forwards: list[int],
@@ -286,25 +341,22 @@ def test_records_are_not_read_before_the_model_has_passed_its_test(
         return logits.square().mean((1, 2)) * logits.square().mean()
 
     monkeypatch.setattr("secure_fedcollm.training.per_record_loss", mixing)
-    context = secure_sum.begin(contributors=3, value_bits=13)
-    assert refused(make(), request(adapted, context)).code == "failed"
+    assert refused_training(make(), adapted, context).code == "failed"
     assert kinds(tmp_path) == ["PLAN"]
     assert 0 < len(forwards) <= 7
 
 
 def test_a_broadcast_under_which_the_model_is_nan_costs_nothing(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
 ) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
     edge = np.full_like(adapted.read(), 3.3e38)
-    assert refused(make(), request(adapted, context, edge)).code == "diverged"
+    assert refused_training(make(), adapted, context, edge).code == "diverged"
     assert kinds(tmp_path) == ["PLAN"]
 
 
 def test_the_sum_of_three_uploads_is_that_of_their_quantised_updates(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -315,24 +367,36 @@ def test_the_sum_of_three_uploads_is_that_of_their_quantised_updates(
         return quantize(update, plan)
 
     monkeypatch.setattr("secure_fedcollm.site.quantize", noting)
+    spec, broadcast = adapted.shared_spec("rebase"), adapted.read()
+    start, names = adapted.read(spec), ("north", "south", "west")
+    transport = InProcessTransport({name: make(name).handle for name in names})
+    secure_sum = MaskedSum(
+        aggregator=Aggregator(time_limit_s=60),
+        decryptor=Decryptor(PARTIES.roster),
+        key=PARTIES.server,
+        roster=PARTIES.roster,
+        channel=transport,
+        witness=lambda event, **facts: None,
+    )
     context = secure_sum.begin(contributors=3, value_bits=13)
-    spec = adapted.shared_spec("rebase")
-    broadcast, plan = adapted.read(), round_plan(adapted, context)
-    start = adapted.read(spec)
-    body = request(adapted, context)
-    uploads = []
-    for name in ("north", "south", "west"):
-        sealed = decode(make(name).handle("train", body), SealedUpdate)
-        assert (sealed.site, sealed.plan_digest) == (name, plan.digest)
-        uploads.append(sealed)
-        # What was sealed is what training changed in this model, and the frozen factor A is as broadcast.
-        assert (updates[-1].vector == adapted.read(spec) - start).all()
-        assert updates[-1].reservation == ledger_of(tmp_path, name).entries()[-1]["digest"]
+    plan = plan_for(adapted, context)
+    ready = secure_sum.enrol(plan)
+    assert ready == names
+    request = TrainRequest(plan_digest=plan.digest, adapter=broadcast, public_key=context.to_bytes())
+
+    def uploads() -> Iterator[UploadManifest]:
+        for reply in transport.ask("train", dict.fromkeys(ready, encode(request))):
+            yield decode(reply.body or b"", UploadManifest)
+            # What was sealed is what training changed in this model, and the frozen factor A is as broadcast.
+            assert (updates[-1].vector == adapted.read(spec) - start).all()
+            assert updates[-1].reservation == ledger_of(tmp_path, reply.site).entries()[-1]["digest"]
+
+    opened = secure_sum.open(uploads())
+    secure_sum.close()
     grids = [
         np.rint(np.clip(u.vector.astype(np.float64), -plan.clip, plan.clip) / plan.clip * 4095).astype(np.int64)
         for u in updates
     ]
-    opened = secure_sum.open(plan, uploads)
     assert opened.cohort == ("north", "south", "west")
     assert (opened.total == np.sum(grids, axis=0)).all()
     assert opened.total.any()
@@ -345,7 +409,7 @@ def test_the_sum_of_three_uploads_is_that_of_their_quantised_updates(
 
 
 def test_a_round_with_the_same_data_never_repeats_its_update(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = []
 
@@ -354,18 +418,17 @@ def test_a_round_with_the_same_data_never_repeats_its_update(
         return quantize(update, plan)
 
     monkeypatch.setattr("secure_fedcollm.site.quantize", noting)
-    context = secure_sum.begin(contributors=3, value_bits=13)
     broadcast, site = adapted.read(), make()
     for attempt in (1, 2):
         torch.manual_seed(0)
-        site.handle("train", request(adapted, context, broadcast, attempt=attempt, nonce=str(attempt)))
+        train(site, adapted, context, broadcast, attempt=attempt, nonce=str(attempt))
     assert (vectors[0] == vectors[1]).mean() < 0.1
 
 
 def test_a_seeded_site_repeats_no_stream_and_never_calls_itself_private(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
+    context: PublicContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -377,14 +440,13 @@ def test_a_seeded_site_repeats_no_stream_and_never_calls_itself_private(
         raise FedCollmError("far enough")
 
     monkeypatch.setattr("secure_fedcollm.site.train_private", noting)
-    context = secure_sum.begin(contributors=3, value_bits=13)
     branded = dataclasses.replace(DP_PLAN, randomness="insecure_test_seed")
     told = []
-    for name, server_round, attempt in (("north", 1, 1), ("south", 1, 1), ("north", 2, 1), ("north", 1, 2)):
+    for name, server_round, attempt in (("north", 1, 1), ("south", 1, 1), ("north", 1, 2), ("north", 2, 1)):
         ledger = Ledger(tmp_path / f"{name}-seeded.sqlite", name)
         ledger.commit_plan(run_id="run", data_set="notes", plan=branded, cap_epsilon=1e3, cap_delta=0.1)
         site = make(name, budget=PrivateBudget(plan=branded, ledger=ledger, test_seed=0))
-        refused(site, request(adapted, context, server_round=server_round, attempt=attempt))
+        refused_training(site, adapted, context, server_round=server_round, attempt=attempt)
         told.append(decode(site.handle("settle", receipt("lost")), Settlement))
     assert len({p.random.normals(1)[0] for p in paid}) == 4
     assert all(p.random.seeded for p in paid)
@@ -392,11 +454,10 @@ def test_a_seeded_site_repeats_no_stream_and_never_calls_itself_private(
 
 
 def test_settling_closes_the_reservation_once_and_reports_the_ledger(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
 ) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
     site = make()
-    site.handle("train", request(adapted, context))
+    train(site, adapted, context)
     told = decode(site.handle("settle", receipt("included")), Settlement)
     entries = ledger_of(tmp_path).entries()
     assert [entry["kind"] for entry in entries] == ["PLAN", "RESERVE", "SETTLE"]
@@ -421,11 +482,10 @@ def test_settling_closes_the_reservation_once_and_reports_the_ledger(
 def test_a_diverged_site_says_so_and_its_reservation_stays_spent(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
+    context: PublicContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
     before = adapted.read()
     # A learning rate that carries coordinates beyond float32 (their gradients are noise only: NaN counts as zero).
     edge = np.full_like(before, 3.3e38)
@@ -434,7 +494,7 @@ def test_a_diverged_site_says_so_and_its_reservation_stays_spent(
         "secure_fedcollm.site.prove_records_independent", lambda tested, *_: Independence(model=tested.model)
     )
     site = make(learning_rate=3e37)
-    failure = refused(site, request(adapted, context, edge))
+    failure = refused_training(site, adapted, context, edge)
     assert failure.code == "diverged"
     assert str(failure) == "site north: diverged"
     assert ledger_of(tmp_path).spent_in_run("run").steps == 2
@@ -443,14 +503,14 @@ def test_a_diverged_site_says_so_and_its_reservation_stays_spent(
     assert kinds(tmp_path) == ["PLAN", "RESERVE", "SETTLE"]
     assert ledger_of(tmp_path).entries()[-1]["outcome"] == "failed"
     # The next broadcast repairs the shared model.
-    make("south").handle("train", request(adapted, context, before))
+    train(make("south"), adapted, context, before)
 
 
 @pytest.mark.parametrize("error", [FedCollmError, ModelError])
 def test_only_a_code_leaves_the_site_and_the_detail_stays_in_its_log(
     make: Callable[..., Site],
     adapted: AdaptedModel,
-    secure_sum: CkksSum,
+    context: PublicContext,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     error: type[FedCollmError],
@@ -459,9 +519,8 @@ def test_only_a_code_leaves_the_site_and_the_detail_stays_in_its_log(
         raise error("patient Mary Long, door code 4711")
 
     monkeypatch.setattr("secure_fedcollm.site.train_private", failing)
-    context = secure_sum.begin(contributors=3, value_bits=13)
     with caplog.at_level(logging.ERROR, logger="fedcollm"):
-        failure = refused(make(), request(adapted, context))
+        failure = refused_training(make(), adapted, context)
     assert str(failure) == "site north: failed"
     assert failure.args == ("site north: failed",)
     assert vars(failure) == {"site": "north", "code": "failed"}
@@ -469,9 +528,8 @@ def test_only_a_code_leaves_the_site_and_the_detail_stays_in_its_log(
 
 
 def test_what_leaves_a_site_holds_no_text_and_no_count(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tiny_tokens: TokenDataset
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tiny_tokens: TokenDataset
 ) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
     doubled = dataclasses.replace(
         tiny_tokens,
         examples=tuple(dataclasses.replace(e, unit=f"{e.unit}-{i}") for i in range(40) for e in tiny_tokens.examples),
@@ -479,7 +537,7 @@ def test_what_leaves_a_site_holds_no_text_and_no_count(
     sizes = set()
     for name, tokens in (("north", tiny_tokens), ("south", doubled)):
         site = make(name, tokens=tokens)
-        upload = site.handle("train", request(adapted, context))
+        upload = train(site, adapted, context)
         told = decode(site.handle("settle", receipt("included")), Settlement)
         sizes.add((len(upload), told.epsilon, told.charged, told.steps))
     assert len(sizes) == 1, "40 times the records must look the same"
@@ -489,11 +547,11 @@ def test_what_leaves_a_site_holds_no_text_and_no_count(
 
 
 def test_a_declared_non_private_site_has_no_ledger_and_says_so(
-    make: Callable[..., Site], adapted: AdaptedModel, secure_sum: CkksSum, tmp_path: Path
+    make: Callable[..., Site], adapted: AdaptedModel, context: PublicContext, tmp_path: Path
 ) -> None:
-    context = secure_sum.begin(contributors=3, value_bits=13)
     site = make(budget=NonPrivate(steps=2, batch_size=4, seed=0))
-    decode(site.handle("train", request(adapted, context)), SealedUpdate)
+    assert refused_training(site, adapted, context).code == "declined", "a plan with privacy terms is another run's"
+    decode(train(site, adapted, context, dp=None, attempt=2), UploadManifest)
     told = decode(site.handle("settle", receipt("included")), Settlement)
     assert (told.private, told.epsilon, told.unit, told.steps, told.ledger_head) == (False, -1.0, "none", 0, "")
     assert kinds(tmp_path) == ["PLAN"]

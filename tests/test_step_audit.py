@@ -38,6 +38,8 @@ from fedcollm_privacy.randomness import SecureRandom
 from secure_fedcollm.losses import per_record_loss
 from secure_fedcollm.tokenization import Example, collate
 
+from .secure_sums import round_plan
+
 SURE = 1 - 1e-5
 MANY, CALLS = 400, 400
 TEXTS, TEXT_CALLS = 12, 1200
@@ -73,19 +75,16 @@ def gradient_plan(**changes: Any) -> DpPlan:
     return plan(**(fields | changes))
 
 
-def round_plan(of: DpPlan, dimension: int, value_bits: int) -> RoundPlan:
-    return RoundPlan(
-        run_id="audit",
-        server_round=1,
-        attempt=1,
-        spec_digest="0" * 64,
+def round_of(of: DpPlan, dimension: int, value_bits: int) -> RoundPlan:
+    """Of three sites, on the grid that the plan promises."""
+    return round_plan(
         dimension=dimension,
         clip=of.gradient_clip,
         value_bits=value_bits,
         min_contributors=3,
         max_contributors=3,
-        key_digest="0" * 64,
-        nonce="00",
+        max_colluding=0,
+        dp=of.terms,
         release="gradient",
         noise_multiplier=of.noise_multiplier,
         least_honest=of.least_honest,
@@ -355,7 +354,7 @@ def test_noise_used_again_is_found() -> None:
 @pytest.mark.parametrize(("value_bits", "canaries"), [(18, MANY), (16, MANY), (10, 100)])
 def test_the_sum_of_three_sites_leaks_what_is_claimed_of_sums(value_bits: int, canaries: int) -> None:
     chosen = gradient_plan()
-    grid = round_plan(chosen, canaries, value_bits)
+    grid = round_of(chosen, canaries, value_bits)
     found = audit(chosen, canaries=canaries, calls=160_000 // canaries, step=sum_of_three_sites, round_plan=grid)
     assert_sound(found)
 
@@ -365,7 +364,7 @@ def test_one_sites_share_alone_leaks_more_than_is_claimed_of_sums(value_bits: in
     """Which is why the statement has two views, and the share leaves its site encrypted."""
     chosen = gradient_plan()
     found = audit(
-        chosen, canaries=canaries, calls=16_000 // canaries, round_plan=round_plan(chosen, canaries, value_bits)
+        chosen, canaries=canaries, calls=16_000 // canaries, round_plan=round_of(chosen, canaries, value_bits)
     )
     assert found.exceeds_claim
     assert found.epsilon_lower_bound <= chosen.epsilon_one_update(chosen.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import PurePosixPath
 
@@ -95,6 +96,39 @@ def test_usual_names_pass(name: str) -> None:
 def test_names_that_could_leave_their_folder_or_line_do_not(name: object) -> None:
     with pytest.raises(InvalidValue, match="site"):
         _validate.public_name(site=name)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40))
+def test_a_digest_is_what_hashlib_writes(data: bytes) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    _validate.hex_digest(plan_digest=digest, key_digest=digest)
+    assert bytes.fromhex(digest).hex() == digest
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "0" * 63,
+        "0" * 65,
+        "0" * 62 + "0g",
+        "A" * 64,
+        "0x" + "0" * 62,
+        " " + "0" * 63,
+        "0" * 63 + "\n",
+        "٣" * 64,
+        "_" * 64,
+        b"0" * 64,
+        ["0"] * 64,
+        0,
+        None,
+    ],
+    ids=repr,
+)
+def test_what_is_no_digest_is_refused(value: object) -> None:
+    with pytest.raises(InvalidValue, match=r"^plan_digest = .*64 lower-case hex digits"):
+        _validate.hex_digest(key_digest="0" * 64, plan_digest=value)
 
 
 def test_a_refusal_is_both_the_projects_error_and_a_value_error() -> None:

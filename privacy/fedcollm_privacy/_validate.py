@@ -6,7 +6,7 @@ import math
 
 from fedcollm_privacy.errors import InvalidValue
 
-__all__ = ["at_least", "in_range", "integer_at_least", "one_of", "positive", "public_name"]
+__all__ = ["at_least", "hex_digest", "in_range", "integer_at_least", "one_of", "positive", "public_name"]
 
 
 def _number(name: str, value: object, allowed: str) -> float:
@@ -65,3 +65,10 @@ def public_name(**fields: object) -> None:
         ok = isinstance(value, str) and 0 < len(value) <= 64 and value[0].isalnum()
         if not ok or not all(c.isascii() and (c.isalnum() or c in "_-.") for c in str(value)):
             raise InvalidValue(name, value, "1-64 ASCII letters, digits, '_', '-', '.', first a letter or digit")
+
+
+def hex_digest(**fields: object) -> None:
+    """Each field is a SHA-256 as 64 lower-case hex digits."""
+    for name, value in fields.items():
+        if not isinstance(value, str) or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+            raise InvalidValue(name, value, "64 lower-case hex digits")

@@ -1,7 +1,7 @@
 """The parent's handle on the aggregator process: start it, feed it uploads, take the encrypted sum, survive it.
 
-Uploads are bytes from strangers, and the library that parses them is C++. So it happens in a process of its own,
-without a key, without this process's environment, and with a time limit: a crash or hang there costs the round.
+Uploads are bytes from strangers. They are checked and added in a process of its own, without a key, without this
+process's environment, and with limits on time and memory: a crash or hang there costs the sum, not this process.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from fedcollm_privacy import wire
-from fedcollm_privacy.aggregator_process import ACCEPTED, CODES, MAX_HEADER
-from fedcollm_privacy.ckks_parameters import CkksParameters
+from fedcollm_privacy.aggregator_process import ACCEPTED, CODES, MAX_HEADER, chunk_frame
 from fedcollm_privacy.errors import ProtocolError, RoundLost, UploadRefused
 from fedcollm_privacy.framing import receive_frame, send_frame
-from fedcollm_privacy.messages import RoundPlan, SealedSum, SealedUpdate, canonical_json
+from fedcollm_privacy.messages import RoundPlan, canonical_json
+from fedcollm_privacy.roster import Roster
+from fedcollm_privacy.secure_sum_messages import UploadManifest
 
 __all__ = ["Aggregator"]
 
@@ -50,8 +52,6 @@ class Aggregator:
         self._connection: socket.socket | None = None
         self._stderr: IO[bytes] | None = None
         self._plan: RoundPlan | None = None
-        self._parameters: CkksParameters | None = None
-        self._cohort: list[str] = []
 
     def __enter__(self) -> Self:
         return self
@@ -61,35 +61,43 @@ class Aggregator:
     ) -> None:
         self.close()
 
-    def begin(self, plan: RoundPlan, parameters: CkksParameters) -> None:
+    def begin(self, plan: RoundPlan, roster: Roster) -> None:
         """Start a round's sum; one that was begun before is dropped.
+
+        Args:
+            plan: names digest, length and parameters.
+            roster: whose signatures count.
 
         Raises:
             InvalidValue: a sum under this plan could overflow.
             RoundLost: the process does not start, crashes or hangs.
         """
-        parameters.prove(plan.max_contributors, plan.value_bits)
+        plan.ckks.prove(plan.max_contributors, plan.value_bits)
+        header = {
+            "op": "begin",
+            "plan_digest": plan.digest,
+            "dimension": plan.dimension,
+            "max_contributors": plan.max_contributors,
+            "parameters": asdict(plan.ckks),
+            "signers": {site.name: site.public_key.hex() for site in roster.sites},
+        }
         if self._process is not None and self._process.poll() is None:
             try:
-                self._begin_round(plan, parameters)
+                self._exchange("while it began the round", canonical_json(header))
             except RoundLost:  # it died since the last round, when nothing was in it: a fresh one takes this round
                 self._start()
-                self._begin_round(plan, parameters)
+                self._exchange("while it began the round", canonical_json(header))
         else:
             self._start()
-            self._begin_round(plan, parameters)
-        self._plan, self._parameters, self._cohort = plan, parameters, []
+            self._exchange("while it began the round", canonical_json(header))
+        self._plan = plan
 
-    def _begin_round(self, plan: RoundPlan, parameters: CkksParameters) -> None:
-        with self._guarded("while it began the round") as connection:
-            deadline = self._deadline()
-            header = {"op": "begin", "parameters": asdict(parameters)}
-            send_frame(connection, canonical_json(header), deadline=deadline)
-            send_frame(connection, wire.encode(plan), deadline=deadline)
-            _receive_code(connection, deadline)
-
-    def add(self, sealed: SealedUpdate) -> None:
+    def add(self, manifest: UploadManifest, chunks: Iterable[bytes]) -> None:
         """Add one upload, whole or not at all.
+
+        Args:
+            manifest: signed by its site; checked in the process, before any chunk is sent there.
+            chunks: taken one at a time while the process adds the one before.
 
         Raises:
             UploadRefused: it stays out; the sum is as before.
@@ -97,45 +105,61 @@ class Aggregator:
             ProtocolError: no round was begun.
         """
         self._begun()
-        header = {
-            "op": "add",
-            "site": sealed.site,
-            "plan_digest": sealed.plan_digest,
-            "lengths": [len(chunk) for chunk in sealed.chunks],
-        }
-        raw = canonical_json(header)
-        if len(raw) > MAX_HEADER:
-            raise UploadRefused(sealed.site, "wrong_chunk_count")
-        with self._guarded(f"over the upload of site {sealed.site}") as connection:
-            deadline = self._deadline()
-            send_frame(connection, raw, deadline=deadline)
-            code = _receive_code(connection, deadline)
-            if code == ACCEPTED:
-                for chunk in sealed.chunks:
-                    send_frame(connection, chunk, deadline=deadline)
-                code = _receive_code(connection, deadline)
+        when, raw = f"over the upload of site {manifest.site}", wire.encode(manifest)
+        if len(raw) > MAX_HEADER:  # the process takes no such frame, and need not die of one
+            raise UploadRefused(manifest.site, "malformed_manifest")
+        code = self._exchange(when, canonical_json({"op": "add"}), raw)
+        if code == ACCEPTED:
+            code = self._stream(when, chunks)
         if code != ACCEPTED:
-            raise UploadRefused(sealed.site, code)
-        self._cohort.append(sealed.site)
+            raise UploadRefused(manifest.site, code)
 
-    def finish(self) -> SealedSum:
-        """The encrypted sum of what was added; the round is over for this process.
+    def finish(self) -> Iterator[bytes]:
+        """The encrypted sum of what was added, chunk by chunk; the round is over for this process.
 
         Raises:
             RoundLost: the process crashed or hung.
             ProtocolError: no round was begun.
         """
-        plan, parameters = self._begun()
-        # Count and cohort are this side's own: a process that an upload took over cannot lie about them.
-        count = parameters.chunk_count(plan.dimension) if self._cohort else 0
-        largest = parameters.max_ciphertext_bytes
-        with self._guarded("while it gave the sum") as connection:
-            deadline = self._deadline()
-            send_frame(connection, canonical_json({"op": "finish"}), deadline=deadline)
-            _receive_code(connection, deadline)
-            chunks = tuple(receive_frame(connection, largest=largest, deadline=deadline) for _ in range(count))
+        plan = self._begun()
+        self._exchange("while it gave the sum", canonical_json({"op": "finish"}))
         self._plan = None
-        return SealedSum(plan_digest=plan.digest, cohort=tuple(self._cohort), chunks=chunks)
+        return self._sum(plan)
+
+    def _sum(self, plan: RoundPlan) -> Iterator[bytes]:
+        # Number and length are this side's own: a process that an upload took over cannot lie about them.
+        for _ in range(plan.ckks.chunk_count(plan.dimension)):
+            with self._guarded("while it gave the sum") as connection:
+                chunk = receive_frame(connection, largest=plan.ckks.ciphertext_bytes, deadline=self._deadline())
+            yield chunk
+
+    def _exchange(self, when: str, *frames: bytes) -> str:
+        with self._guarded(when) as connection:
+            deadline = self._deadline()
+            for frame in frames:
+                send_frame(connection, frame, deadline=deadline)
+            return _receive_code(connection, deadline)
+
+    def _stream(self, when: str, chunks: Iterable[bytes]) -> str:
+        plan, sent, done = self._begun(), 0, False
+        count = plan.ckks.chunk_count(plan.dimension)
+        try:
+            for chunk in islice(chunks, count):
+                # Of an overlong one so much that it is seen to be.
+                frame = chunk_frame(sent, chunk[: plan.ckks.ciphertext_bytes + 1])
+                with self._guarded(when) as connection:
+                    send_frame(connection, frame, deadline=self._deadline())
+                sent += 1
+            with self._guarded(when) as connection:
+                deadline = self._deadline()
+                if sent < count:
+                    send_frame(connection, b"", deadline=deadline)
+                code = _receive_code(connection, deadline)
+            done = True
+        finally:
+            if not done:  # whoever gives the chunks broke off: half an exchange cannot be continued
+                self.close()
+        return code
 
     def close(self) -> None:
         """End the process; safe to call twice, and `begin` may follow."""
@@ -168,10 +192,10 @@ class Aggregator:
     def _deadline(self) -> float:
         return time.monotonic() + self._time_limit_s
 
-    def _begun(self) -> tuple[RoundPlan, CkksParameters]:
-        if self._plan is None or self._parameters is None:
+    def _begun(self) -> RoundPlan:
+        if self._plan is None:
             raise ProtocolError("no round was begun at the aggregator; call begin first")
-        return self._plan, self._parameters
+        return self._plan
 
     @contextmanager
     def _guarded(self, when: str) -> Iterator[socket.socket]:

@@ -1,22 +1,21 @@
-"""The public half of CKKS: parameters, the round's public key, sealing updates, adding sealed updates.
+"""The public half of CKKS: the round's public key, encrypting an update's integers, ciphertexts as words and back.
 
 SEAL through ``tenseal.sealapi``. Nothing here can decrypt; that is `fedcollm_privacy.ckks_secret`, which only the
 decryptor imports. Why not TenSEAL's ``CKKSVector``: seven times the bytes here, and its parser reads foreign memory
 or crashes on forged input.
 
-SEAL authenticates nothing. A damaged ciphertext may pass the checks below; the decryptor's residual check finds it at
-opening. A whole ciphertext in place of another of the same key is valid: to find that takes signatures.
+SEAL authenticates nothing. Uploads are signed (`fedcollm_privacy.contributor`); much of what is wrong all the same, the
+decryptor's checks of range and residual find at opening.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -24,32 +23,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
 from tenseal import sealapi
 
 from fedcollm_privacy.ckks_parameters import CkksParameters, parameters_for
 from fedcollm_privacy.errors import InvalidValue, ProtocolError
-from fedcollm_privacy.messages import QuantizedUpdate, SealedUpdate, canonical_json
+from fedcollm_privacy.messages import QuantizedUpdate, canonical_json
 
 __all__ = [
-    "CiphertextSum",
     "CkksParameters",
     "PublicContext",
-    "load_ciphertext",
+    "encrypt",
+    "encrypt_grid",
     "load_object",
     "parameters_for",
     "save_object",
-    "seal",
-    "seal_chunks",
     "seal_context",
+    "to_ciphertext",
+    "to_words",
     "unpack",
 ]
 
 Int64 = NDArray[np.int64]
+Words = NDArray[np.uint64]
 
 _HEADER_LENGTH = struct.Struct("<I")
 _MAX_HEADER = 4096
-_SEAL_HEADER_BYTES = 16
+
+# SEAL's stream: magic, header size, version, compression, reserved, length; then a ciphertext's parameter id, NTT flag,
+# polynomials, N, primes, scale, correction factor; then its words behind a header of their own and their number.
+_STREAM = struct.Struct("<HBBBBHQ")
+_MAGIC, _VERSION = 0xA15E, (4, 3)
+_CIPHERTEXT = struct.Struct("<4QBQQQdQ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,23 +108,19 @@ def parameters_from_json(raw: bytes) -> CkksParameters:
         raise ProtocolError("these CKKS parameters are malformed or not allowed") from error
 
 
-def seal(update: QuantizedUpdate, context: PublicContext, site: str) -> SealedUpdate:
-    """Encrypt a site's grid, one ciphertext a chunk.
+def encrypt(update: QuantizedUpdate, context: PublicContext) -> Iterator[Words]:
+    """A site's integers as ciphertexts, one chunk at a time: uint64 [2, N] each; all is checked before the first.
+
+    Not to be sent as they are: whoever holds the round's key could open them. `fedcollm_privacy.sealing` masks.
 
     Args:
-        update: int64 [d] with the plan it belongs to.
+        update: int32 [d] with the plan it belongs to.
         context: the round's public key; must be the one that the plan binds.
-        site: the site's public name.
 
     Raises:
         ProtocolError: the key is not the plan's.
         InvalidValue: wrong length, a value beyond the plan's levels, or a sum of so many could overflow.
     """
-    return SealedUpdate(plan_digest=update.plan.digest, site=site, chunks=tuple(seal_chunks(update, context)))
-
-
-def seal_chunks(update: QuantizedUpdate, context: PublicContext) -> Iterator[bytes]:
-    """The ciphertexts of `seal`, one at a time; everything is checked before the first."""
     plan, parameters = update.plan, context.parameters
     if context.digest != plan.key_digest:
         raise ProtocolError("the public key is not the one that the round plan binds; nothing was encrypted")
@@ -127,10 +129,11 @@ def seal_chunks(update: QuantizedUpdate, context: PublicContext) -> Iterator[byt
         raise InvalidValue("update.grid", f"{update.grid.shape[0]} coordinates", f"{plan.dimension}, as planned")
     if int(update.grid.max()) > plan.levels or int(update.grid.min()) < -plan.levels:
         raise InvalidValue("update.grid", "a value off the grid", f"integers in [-{plan.levels}, {plan.levels}]")
-    return _encrypt(update.grid, context)
+    return encrypt_grid(update.grid, context)
 
 
-def _encrypt(grid: Int64, context: PublicContext) -> Iterator[bytes]:
+def encrypt_grid(grid: NDArray[np.int32], context: PublicContext) -> Iterator[Words]:
+    """The ciphertexts of integers that `encrypt` has checked, or of some of them; by themselves they prove nothing."""
     parameters = context.parameters
     seal_ctx = seal_context(parameters)
     encoder = sealapi.CKKSEncoder(seal_ctx)
@@ -140,66 +143,52 @@ def _encrypt(grid: Int64, context: PublicContext) -> Iterator[bytes]:
         slots = _pack(grid[start : start + parameters.chunk_parameters], parameters)
         encoder.encode(slots.tolist(), 2.0**parameters.lsb_bits, plaintext)
         encryptor.encrypt(plaintext, ciphertext)
-        yield save_object(ciphertext)
+        yield to_words(ciphertext, parameters)
 
 
-class CiphertextSum:
-    """A running sum of sealed updates; needs the parameters and never a key.
-
-    Memory: one ciphertext a chunk for the sum, and the same for the upload that is being checked.
-    """
-
-    def __init__(self, parameters: CkksParameters, dimension: int) -> None:
-        self._parameters = parameters
-        self._chunk_count = parameters.chunk_count(dimension)
-        self._evaluator = sealapi.Evaluator(seal_context(parameters))
-        self._total: list[Any] = []
-
-    def add(self, chunks: Iterable[bytes]) -> None:
-        """Add one upload, whole or not at all.
-
-        Raises:
-            ProtocolError: a chunk is malformed or their number is wrong; the sum is as before.
-        """
-        upload = [load_ciphertext(chunk, self._parameters) for chunk in chunks]
-        if len(upload) != self._chunk_count:
-            raise ProtocolError(f"an upload of {len(upload)} ciphertexts where {self._chunk_count} are planned")
-        if not self._total:
-            self._total = upload
-            return
-        for total, addend in zip(self._total, upload, strict=True):
-            self._evaluator.add_inplace(total, addend)
-
-    def chunks(self) -> Iterator[bytes]:
-        """The sum's ciphertexts; none before the first `add`."""
-        return map(save_object, self._total)
-
-
-def load_ciphertext(data: bytes, parameters: CkksParameters) -> Any:
-    """One fresh-looking ciphertext from untrusted bytes.
-
-    Checked: length, stream length, SEAL's own validity, two polynomials, first level, one data prime, NTT form, not
-    transparent, exact scale. A ciphertext of another key passes: only the decryptor can tell.
+def to_words(ciphertext: Any, parameters: CkksParameters) -> Words:
+    """The words of SEAL's own ciphertext, uint64 [2, N].
 
     Raises:
-        ProtocolError: any of these fails.
+        ProtocolError: it is not of the form that rounds use, or this SEAL writes another format.
     """
-    if len(data) > parameters.max_ciphertext_bytes:
-        raise ProtocolError(f"a ciphertext of {len(data)} bytes; allowed: {parameters.max_ciphertext_bytes}")
-    seal_ctx = seal_context(parameters)
-    ciphertext = load_object(sealapi.Ciphertext(), seal_ctx, data)
-    sound = (
-        ciphertext.size() == 2
-        and ciphertext.poly_modulus_degree() == parameters.poly_modulus_degree
-        and ciphertext.coeff_modulus_size() == 1
-        and ciphertext.parms_id() == seal_ctx.first_parms_id()
-        and ciphertext.is_ntt_form()
-        and not ciphertext.is_transparent()
-        and ciphertext.scale == 2.0**parameters.lsb_bits
-    )
-    if not sound:
-        raise ProtocolError("a ciphertext that is not of the form that this round seals")
+    stream = save_object(ciphertext)
+    magic, header_bytes, major, minor, compression, _, length = _STREAM.unpack_from(stream)
+    body = stream[_STREAM.size :]
+    if compression == 2:
+        body = zstandard.ZstdDecompressor().decompress(body, max_output_size=2 * parameters.ciphertext_bytes)
+    known = (magic, header_bytes, (major, minor), length) == (_MAGIC, _STREAM.size, _VERSION, len(stream))
+    prefix = _ciphertext_prefix(parameters)
+    if not known or compression not in (0, 2) or body[: len(prefix)] != prefix:
+        raise ProtocolError("a ciphertext that is not of the form that this round seals, or not of SEAL 4.3")
+    words = np.frombuffer(body, dtype="<u8", offset=len(prefix)).astype(np.uint64, copy=False)
+    return words.reshape(2, parameters.poly_modulus_degree)
+
+
+def to_ciphertext(words_2N: Words, parameters: CkksParameters) -> Any:
+    """SEAL's ciphertext with these words, at the plan's level and scale, in NTT form.
+
+    Raises:
+        ProtocolError: a word is not below q, or SEAL refuses.
+    """
+    body = _ciphertext_prefix(parameters) + words_2N.astype("<u8", copy=False).tobytes()
+    ciphertext = load_object(sealapi.Ciphertext(), seal_context(parameters), _stream(body))
+    if ciphertext.is_transparent():
+        raise ProtocolError("a transparent ciphertext: it hides nothing")
     return ciphertext
+
+
+@lru_cache(maxsize=8)
+def _ciphertext_prefix(parameters: CkksParameters) -> bytes:
+    degree = parameters.poly_modulus_degree
+    fields = (*seal_context(parameters).first_parms_id(), 1, 2, degree, 1, 2.0**parameters.lsb_bits, 1)
+    count = struct.pack("<Q", 2 * degree)
+    inner = _STREAM.pack(_MAGIC, _STREAM.size, *_VERSION, 0, 0, _STREAM.size + len(count) + 16 * degree)
+    return _CIPHERTEXT.pack(*fields) + inner + count
+
+
+def _stream(body: bytes) -> bytes:
+    return _STREAM.pack(_MAGIC, _STREAM.size, *_VERSION, 0, 0, _STREAM.size + len(body)) + body
 
 
 def _load_public_key(parameters: CkksParameters, data: bytes) -> Any:
@@ -221,14 +210,13 @@ def seal_context(parameters: CkksParameters) -> Any:
     primes = sealapi.CoeffModulus.Create(parameters.poly_modulus_degree, sizes)
     chosen.set_coeff_modulus(primes)
     seal_ctx = sealapi.SEALContext(chosen, True, sealapi.SEC_LEVEL_TYPE.TC128)
-    # The proof against wrapping modulo q rests on a data prime close to its power of two.
-    if not seal_ctx.parameters_set() or math.log2(primes[0].value()) < sizes[0] - 0.25:
+    if not seal_ctx.parameters_set() or primes[0].value() != parameters.modulus:
         reason = seal_ctx.parameters_error_name()
         raise InvalidValue("coeff_mod_bit_sizes", parameters.coeff_mod_bit_sizes, f"what SEAL accepts ({reason})")
     return seal_ctx
 
 
-def _pack(grid: Int64, parameters: CkksParameters) -> NDArray[np.complex128]:
+def _pack(grid: NDArray[np.int32], parameters: CkksParameters) -> NDArray[np.complex128]:
     fields_F2S = np.zeros((parameters.fields, 2, parameters.slots))
     fields_F2S.reshape(-1)[: len(grid)] = grid
     weights_F = 2.0 ** (parameters.field_bits * np.arange(parameters.fields))
@@ -264,7 +252,7 @@ def load_object(seal_object: Any, seal_ctx: Any, data: bytes) -> Any:
         ProtocolError: the bytes are not exactly one valid stream for these parameters.
     """
     # SEAL ignores what follows its stream; we do not.
-    if len(data) < _SEAL_HEADER_BYTES or int.from_bytes(data[8:16], "little") != len(data):
+    if len(data) < _STREAM.size or _STREAM.unpack_from(data)[-1] != len(data):
         raise ProtocolError("bytes that are not one SEAL stream")
     with _file_for_seal() as (descriptor, path):
         with open(descriptor, "wb", closefd=False) as file:

@@ -7,7 +7,7 @@ decrypts, and what leaves is the exact integer sum, which carries no noise, or n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,9 +17,10 @@ from tenseal import sealapi
 from fedcollm_privacy.ckks import (
     CkksParameters,
     PublicContext,
-    load_ciphertext,
+    Words,
     save_object,
     seal_context,
+    to_ciphertext,
     unpack,
 )
 from fedcollm_privacy.ckks_parameters import RESIDUAL_LIMIT
@@ -62,37 +63,39 @@ def generate(parameters: CkksParameters) -> tuple[SecretKey, PublicContext]:
     return secret, PublicContext(parameters=parameters, public_key=save_object(public_key))
 
 
-def decrypt_sum(key: SecretKey, chunks: Sequence[bytes], *, dimension: int, largest: int) -> NDArray[np.int64]:
+def decrypt_sum(key: SecretKey, chunks: Iterable[Words], *, dimension: int, largest: int) -> NDArray[np.int64]:
     """The exact integer sum, int64 [dimension].
 
     Args:
         key: the round's key.
-        chunks: the sum's ciphertexts, untrusted.
+        chunks: the sum's ciphertexts, uint64 [2, N] each, without masks; taken one at a time.
         dimension: number of coordinates d; padding after them is dropped.
         largest: no coordinate's magnitude may exceed this.
 
     Raises:
         OpeningRefused: malformed or too few or many ciphertexts, a number `RESIDUAL_LIMIT` or more away from an
-            integer (another key, a changed ciphertext), or a coordinate out of range. Always the same text.
+            integer (another key, a mask left on, a changed ciphertext), or a coordinate out of range. Always the same
+            text.
     """
     parameters = key.parameters
-    if len(chunks) != parameters.chunk_count(dimension):
-        raise OpeningRefused
+    count, size = parameters.chunk_count(dimension), parameters.chunk_parameters
     seal_ctx = seal_context(parameters)
     decryptor, encoder = sealapi.Decryptor(seal_ctx, key._seal_key), sealapi.CKKSEncoder(seal_ctx)
-    total = np.empty(len(chunks) * parameters.chunk_parameters, dtype=np.int64)
-    for number, chunk in enumerate(chunks):
+    total, opened, sound = np.zeros(count * size, dtype=np.int64), 0, True
+    # The verdict falls after the last chunk, so that the time to a refusal does not tell which chunk was refused.
+    for chunk in chunks:
         plaintext = sealapi.Plaintext()
         try:
-            decryptor.decrypt(load_ciphertext(chunk, parameters), plaintext)
+            decryptor.decrypt(to_ciphertext(chunk, parameters), plaintext)
+            slots = np.asarray(encoder.decode_complex(plaintext))
+            rounded_2S = _round_or_refuse(np.stack([slots.real, slots.imag]), parameters)
         except ProtocolError:
-            raise OpeningRefused from None
-        slots = np.asarray(encoder.decode_complex(plaintext))
-        start = number * parameters.chunk_parameters
-        rounded_2S = _round_or_refuse(np.stack([slots.real, slots.imag]), parameters)
-        total[start : start + parameters.chunk_parameters] = unpack(rounded_2S, parameters)
+            rounded_2S, sound = np.zeros((2, parameters.slots), dtype=np.int64), False
+        if opened < count:
+            total[opened * size : (opened + 1) * size] = unpack(rounded_2S, parameters)
+        opened += 1
     total = total[:dimension]
-    if int(np.abs(total).max()) > largest:
+    if not sound or opened != count or max(int(total.max()), -int(total.min())) > largest:
         raise OpeningRefused
     return total
 

@@ -209,9 +209,11 @@ def require_agreement(plan: DpPlan, round_plan: RoundPlan) -> None:
     Every honest site asks the same, so whoever adds a share of the noise can count on the others' shares.
 
     Raises:
-        ProtocolError: the round releases something else, on another range, with other noise, or counts on another
-            number of honest sites.
+        ProtocolError: the round releases something else, on another range, with other noise, counts on another number
+            of honest sites, or has other privacy terms.
     """
+    if round_plan.dp != plan.terms:
+        raise ProtocolError(f"the round's privacy terms are {round_plan.dp}; this site's plan promises {plan.terms}")
     names = ("release", "clip", "noise_multiplier", "least_honest")
     asked = tuple(getattr(round_plan, name) for name in names)
     promised: tuple[object, ...] = ("update", *asked[1:])

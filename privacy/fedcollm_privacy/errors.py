@@ -8,10 +8,12 @@
     ├── DataError               rows of a data file cannot be used (names file, line, count)
     ├── ModelError              a checkpoint does not fit what is asked of it
     ├── BudgetExceeded          a spend would cross a cap; nothing was spent
+    ├── KeyFileError            a key file is unreadable, too open, or locked by another passphrase
     ├── LedgerError             a ledger is unreadable, altered, or used out of order
     ├── PrivacyViolation        the training step would not carry its stated guarantee
     ├── ProtocolError           a message is malformed, foreign, replayed or out of order
     │   ├── OpeningRefused      the decryptor will not open (one text for every cause)
+    │   ├── SignatureInvalid    a signature does not fit its message and signer
     │   └── UploadRefused       one site's upload is not sound; the others go on
     ├── SiteFailed              a site could not take part in a round (a code, never a text from data)
     └── RoundLost               a round gave no sum; the state is as before it
@@ -25,12 +27,14 @@ __all__ = [
     "DataError",
     "FedCollmError",
     "InvalidValue",
+    "KeyFileError",
     "LedgerError",
     "ModelError",
     "OpeningRefused",
     "PrivacyViolation",
     "ProtocolError",
     "RoundLost",
+    "SignatureInvalid",
     "SiteFailed",
     "UploadRefused",
 ]
@@ -68,6 +72,10 @@ class LedgerError(FedCollmError):
     """A ledger is unreadable, altered, or used out of order."""
 
 
+class KeyFileError(FedCollmError):
+    """A private key's file is missing, damaged, readable by others, or locked by another passphrase."""
+
+
 class PrivacyViolation(FedCollmError):
     """The training step would not carry its stated guarantee, so it does not run."""
 
@@ -83,13 +91,16 @@ class OpeningRefused(ProtocolError):
         super().__init__("the decryptor refused to open this sum")
 
 
+class SignatureInvalid(ProtocolError):
+    """A signature does not fit its message, its purpose or its signer."""
+
+
 class UploadRefused(ProtocolError):
     """One upload stays out of the sum; the round goes on.
 
     Attributes:
         site: whose upload.
-        code: ``wrong_plan``, ``already_in_sum``, ``cohort_full``, ``wrong_chunk_count``, ``wrong_chunk_length`` or
-            ``malformed_ciphertext``.
+        code: a word of `fedcollm_privacy.aggregator_process.CODES`, or ``crashed_the_aggregator``.
     """
 
     def __init__(self, site: str, code: str) -> None:

@@ -192,6 +192,20 @@ class Ledger:
                 },
             )
 
+    def admit(self, *, run_id: str, plan: DpPlan) -> None:
+        """Refuse where `reserve` would, and write nothing: to be asked before a site takes part in a round."""
+        with self._transaction() as db:
+            self._next(self._read(db), run_id, plan)
+
+    def _next(self, entries: list[dict[str, Any]], run_id: str, plan: DpPlan) -> tuple[dict[str, Any], int, float]:
+        planned, reserved = _of_run(entries, run_id, plan)
+        steps = sum(entry["steps"] for entry in reserved) + plan.steps_per_round
+        charge = plan.epsilon(max(plan.steps, steps))
+        if steps > plan.steps:
+            caps = (planned["cap_epsilon"], planned["cap_delta"])
+            self._refuse_over_cap(entries, planned["data_set"], run_id, charge, plan.delta, *caps)
+        return planned, steps, charge
+
     def reserve(self, *, run_id: str, plan: DpPlan, server_round: int) -> Reservation:
         """Reserve one round's steps. On disk before this returns; spent whatever happens next.
 
@@ -202,19 +216,7 @@ class Ledger:
         _validate.integer_at_least(1, server_round=server_round)
         with self._transaction() as db:
             entries = self._read(db)
-            planned, reserved = _of_run(entries, run_id, plan)
-            steps = sum(entry["steps"] for entry in reserved) + plan.steps_per_round
-            charge = plan.epsilon(max(plan.steps, steps))
-            if steps > plan.steps:
-                self._refuse_over_cap(
-                    entries,
-                    planned["data_set"],
-                    run_id,
-                    charge,
-                    plan.delta,
-                    planned["cap_epsilon"],
-                    planned["cap_delta"],
-                )
+            planned, steps, charge = self._next(entries, run_id, plan)
             digest = self._append(
                 db,
                 entries,

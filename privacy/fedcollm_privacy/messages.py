@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcollm_privacy import _validate
+from fedcollm_privacy.ckks_parameters import CkksParameters
 from fedcollm_privacy.errors import InvalidValue
 
 __all__ = [
     "AdapterSpec",
+    "DpTerms",
     "NoisySum",
     "OpenedSum",
     "PrivateUpdate",
@@ -28,11 +31,11 @@ __all__ = [
     "Receipt",
     "RoundPlan",
     "SealedSum",
-    "SealedUpdate",
     "Settlement",
     "TrainRequest",
     "canonical_json",
     "digest_of",
+    "vector_digest",
 ]
 
 Float32 = NDArray[np.float32]
@@ -47,6 +50,11 @@ def canonical_json(value: Any) -> bytes:
 def digest_of(value: Any) -> str:
     """SHA-256 of the canonical JSON, as 64 hex digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def vector_digest(vector: Float32) -> str:
+    """SHA-256 of a float32 vector's little-endian bytes, as 64 hex digits."""
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).hexdigest()
 
 
 def _frozen(array: NDArray[Any], dtype: type[np.generic], field: str) -> NDArray[Any]:
@@ -83,21 +91,54 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DpTerms:
+    """What of a site's privacy plan a round fixes for all sites; noise and sampling rate stay each site's own.
+
+    Attributes are those of `fedcollm_privacy.plan.DpPlan`.
+    """
+
+    unit: str
+    max_records_per_unit: int
+    max_grad_norm: float
+    expected_batch_size: int
+    steps_per_round: int
+    clipping: str
+    noise: str
+
+    def __post_init__(self) -> None:
+        _validate.one_of(("record", "person"), unit=self.unit)
+        _validate.one_of(("flat", "automatic"), clipping=self.clipping)
+        _validate.one_of(("local", "distributed"), noise=self.noise)
+        _validate.positive(max_grad_norm=self.max_grad_norm)
+        counts = ("max_records_per_unit", "expected_batch_size", "steps_per_round")
+        _validate.integer_at_least(1, **{name: getattr(self, name) for name in counts})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPlan:
-    """What everybody in a round agrees on; its digest is bound into every later message of the round.
+    """What everybody in a round agrees on; its digest is bound into every later message, key and signature.
 
     Attributes:
         run_id: the run's name.
         server_round: 1, 2, ...
         attempt: 1 for the first try of this round, higher after a crash.
         spec_digest: of the `AdapterSpec` of what travels.
+        adapter_digest: `vector_digest` of the broadcast adapter: all sites train from the same point, so that no server
+            can tell one site's update from the others' by what they started from (Pasquini et al. 2022).
         dimension: d.
         clip: each update coordinate lies in [-clip, clip].
         value_bits: signed bits per coordinate on the grid.
         min_contributors: k; no sum of fewer is opened.
         max_contributors: n; the grid's sum is proven not to overflow for so many.
+        threshold: t; so many sites' shares take a mask away, and so many must have signed the same set.
+        max_colluding: c; the protocol holds while at most so many sites work with the server: 2t > n + c, k >= c + 2.
+        roster_digest: of the `fedcollm_privacy.roster.Roster` that names the sites and their keys.
+        ckks: the encryption's parameters.
         key_digest: SHA-256 of the round's public encryption key.
+        max_mean_norm: a mean update with a larger L2 norm (update units) loses the round after opening.
         nonce: fresh random hex, so that no two rounds share a digest.
+        expires_at: Unix time in seconds; no site answers later.
+        dp: what of the privacy plan is the same at all sites; None in a declared non-private run.
         release: ``update``, or ``gradient``: each site sends the noisy gradient of one step.
         noise_multiplier: with ``gradient``, sigma of every site's plan; 0 otherwise.
         least_honest: with ``gradient``, the h of every site's plan; 1 otherwise.
@@ -107,13 +148,21 @@ class RoundPlan:
     server_round: int
     attempt: int
     spec_digest: str
+    adapter_digest: str
     dimension: int
     clip: float
     value_bits: int
     min_contributors: int
     max_contributors: int
+    threshold: int
+    max_colluding: int
+    roster_digest: str
+    ckks: CkksParameters
     key_digest: str
+    max_mean_norm: float
     nonce: str
+    expires_at: int
+    dp: DpTerms | None
     release: str = "update"
     noise_multiplier: float = 0.0
     least_honest: int = 1
@@ -121,16 +170,26 @@ class RoundPlan:
     def __post_init__(self) -> None:
         _validate.public_name(run_id=self.run_id)
         _validate.one_of(("update", "gradient"), release=self.release)
-        _validate.at_least(0, noise_multiplier=self.noise_multiplier)
-        _validate.at_least(1, least_honest=self.least_honest)
-        _validate.at_least(1, server_round=self.server_round, attempt=self.attempt, dimension=self.dimension)
+        _validate.at_least(0, noise_multiplier=self.noise_multiplier, max_mean_norm=self.max_mean_norm)
+        counts = ("least_honest", "server_round", "attempt", "dimension", "expires_at")
+        _validate.integer_at_least(1, **{name: getattr(self, name) for name in counts})
+        _validate.in_range(1, 2**53 - 1, **{name: getattr(self, name) for name in counts})
         _validate.positive(clip=self.clip)
         _validate.in_range(4, 18, value_bits=self.value_bits)
-        _validate.at_least(3, min_contributors=self.min_contributors)
-        _validate.at_least(self.min_contributors, max_contributors=self.max_contributors)
-        if self.least_honest > self.min_contributors:
-            allowed = f"at most min_contributors = {self.min_contributors}: no sum is sure to hold more sites' noise"
+        _validate.integer_at_least(0, max_colluding=self.max_colluding)
+        _validate.integer_at_least(max(3, self.max_colluding + 2), min_contributors=self.min_contributors)
+        _validate.integer_at_least(self.min_contributors, max_contributors=self.max_contributors)
+        n, c = self.max_contributors, self.max_colluding
+        _validate.integer_at_least(2, threshold=self.threshold)
+        if not (n + c < 2 * self.threshold and self.threshold <= n):
+            allowed = f"an integer t with 2t > n + c = {n + c} and t <= n = {n}, or two sets could both be agreed on"
+            raise InvalidValue("threshold", self.threshold, allowed)
+        honest = self.min_contributors - c
+        if self.least_honest > honest:
+            allowed = f"at most min_contributors - max_colluding = {honest}: no sum is sure to hold more sites' noise"
             raise InvalidValue("least_honest", self.least_honest, allowed)
+        for name in ("spec_digest", "adapter_digest", "roster_digest", "key_digest"):
+            _validate.hex_digest(**{name: getattr(self, name)})
 
     @property
     def digest(self) -> str:
@@ -150,9 +209,13 @@ class RoundPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRequest:
-    """Server to site: the plan, the current SLM adapter float32 [D], and the round's public key."""
+    """Server to site: train from this SLM adapter, float32 [D], and upload under the plan that the site has accepted.
 
-    plan: RoundPlan
+    Attributes:
+        public_key: the round's encryption key.
+    """
+
+    plan_digest: str
     adapter: Float32
     public_key: bytes
 
@@ -168,7 +231,7 @@ class PrivateUpdate:
         reservation: digest of the ledger entry that paid for it; ``"non-private"`` where nothing was paid.
     """
 
-    vector: Float32
+    vector: Float32 = field(repr=False)
     spec_digest: str
     reservation: str
 
@@ -183,7 +246,7 @@ class NoisySum:
     With distributed noise it is private only as part of a sum.
     """
 
-    grid: Int64
+    grid: Int64 = field(repr=False)
     grid_step: float
 
     def __post_init__(self) -> None:
@@ -192,34 +255,32 @@ class NoisySum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedUpdate:
-    """The update on the round's integer grid, int64 [d]; never leaves the site."""
+    """The update on the round's integer grid, int32 [d]; never leaves the site."""
 
     plan: RoundPlan
-    grid: Int64
+    grid: NDArray[np.int32] = field(repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", _frozen(self.grid, np.int64, "grid"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SealedUpdate:
-    """Site to aggregator: the encrypted grid, one ciphertext a chunk."""
-
-    plan_digest: str
-    site: str
-    chunks: tuple[bytes, ...]
-
-    def __post_init__(self) -> None:
-        _validate.public_name(site=self.site)
+        object.__setattr__(self, "grid", _frozen(self.grid, np.int32, "grid"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedSum:
-    """Aggregator to decryptor: the encrypted sum and whose updates are in it."""
+    """The encrypted sum of the survivors' uploads, its masks taken away: what the decryptor opens.
+
+    Attributes:
+        plan_digest: of the round's plan.
+        cohort: whose updates are in it.
+        agreements: the signed `Agreement` messages of the sites that agreed on this cohort.
+        survivors: the `SurvivorSet` message that they signed.
+        chunks: ciphertexts, uint64 [2, N] each, made as they are asked for.
+    """
 
     plan_digest: str
     cohort: tuple[str, ...]
-    chunks: tuple[bytes, ...]
+    survivors: bytes
+    agreements: tuple[bytes, ...]
+    chunks: Iterator[NDArray[np.uint64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,3 +333,10 @@ class Settlement:
     steps: int
     clipped_fraction: float
     ledger_head: str
+
+    def __post_init__(self) -> None:
+        _validate.public_name(site=self.site)
+        _validate.one_of(("record", "person", "none"), unit=self.unit)
+        _validate.integer_at_least(0, steps=self.steps)
+        _validate.in_range(-1, 1e9, epsilon=self.epsilon, charged=self.charged)
+        _validate.in_range(0, 1, delta=self.delta, clipped_fraction=self.clipped_fraction)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fedcollm_privacy import _validate, accounting
 from fedcollm_privacy.accounting import Steps
 from fedcollm_privacy.errors import InvalidValue
-from fedcollm_privacy.messages import digest_of
+from fedcollm_privacy.messages import DpTerms, digest_of
 
 __all__ = ["DpPlan", "calibrate", "nominal_size"]
 
@@ -105,6 +105,19 @@ class DpPlan:
     def site_noise_multiplier(self) -> float:
         """What this site itself adds, in units of C: all of sigma, or its share sigma / sqrt(h)."""
         return self.noise_multiplier / (math.sqrt(self.least_honest) if self.noise == "distributed" else 1.0)
+
+    @property
+    def terms(self) -> DpTerms:
+        """What of this plan is the same at all sites of a round, and stands in the round's plan."""
+        return DpTerms(
+            unit=self.unit,
+            max_records_per_unit=self.max_records_per_unit,
+            max_grad_norm=self.max_grad_norm,
+            expected_batch_size=self.expected_batch_size,
+            steps_per_round=self.steps_per_round,
+            clipping=self.clipping,
+            noise=self.noise,
+        )
 
     @property
     def event(self) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcollm_privacy.ckks_parameters import parameters_for
 from fedcollm_privacy.errors import FedCollmError, InvalidValue
 from fedcollm_privacy.messages import NoisySum, OpenedSum, PrivateUpdate, QuantizedUpdate, RoundPlan
 
@@ -36,15 +35,15 @@ def quantize(update: PrivateUpdate, plan: RoundPlan) -> QuantizedUpdate:
         plan: names clip, bits, d and the adapter's spec.
 
     Returns:
-        int64 [d] in ``[-levels, levels]``, within half a grid step of every coordinate inside the clip.
+        int32 [d] in ``[-levels, levels]``, within half a grid step of every coordinate inside the clip.
 
     Raises:
         InvalidValue: the update is of another adapter or length, or the sum of so many sites could overflow.
         FedCollmError: a coordinate is NaN or infinite: the site diverged.
     """
     _check(update, plan)
-    parameters_for(plan.max_contributors, plan.value_bits)
-    grid = np.empty(plan.dimension, dtype=np.int64)
+    plan.ckks.prove(plan.max_contributors, plan.value_bits)
+    grid = np.empty(plan.dimension, dtype=np.int32)
     for start in range(0, plan.dimension, _BLOCK):
         block = update.vector[start : start + _BLOCK].astype(np.float64)
         if not np.isfinite(block).all():
@@ -65,25 +64,20 @@ def on_grid(noisy: NoisySum, plan: RoundPlan) -> QuantizedUpdate:
     Raises:
         InvalidValue: the gradient is on another grid, of another length, or beyond the range.
     """
-    parameters_for(plan.max_contributors, plan.value_bits)
+    plan.ckks.prove(plan.max_contributors, plan.value_bits)
     if plan.release != "gradient" or noisy.grid_step != plan.grid_step:
         raise InvalidValue("noisy.grid_step", noisy.grid_step, f"the round's, {plan.grid_step}, in a gradient round")
     if noisy.grid.shape != (plan.dimension,):
         raise InvalidValue("noisy.grid", f"{noisy.grid.shape[0]} coordinates", f"{plan.dimension}, as planned")
     if int(np.abs(noisy.grid).max()) > plan.levels:
         raise InvalidValue("noisy.grid", "a coordinate beyond the grid", f"at most {plan.levels} in size")
-    return QuantizedUpdate(plan=plan, grid=noisy.grid)
+    return QuantizedUpdate(plan=plan, grid=noisy.grid.astype(np.int32))
 
 
 def clipped_fraction(update: PrivateUpdate, plan: RoundPlan) -> float:
     """Share of coordinates beyond ``clip``, in [0, 1]; NaN counts as beyond.
 
-    >>> import numpy as np
-    >>> plan = RoundPlan(run_id="r", server_round=1, attempt=1, spec_digest="", dimension=4, clip=1.0, value_bits=8,
-    ...                  min_contributors=3, max_contributors=3, key_digest="", nonce="")
-    >>> vector = np.array([0, 1, 2, -3], dtype=np.float32)
-    >>> clipped_fraction(PrivateUpdate(vector=vector, spec_digest="", reservation="non-private"), plan)
-    0.5
+    A vector (0, 1, 2, -3) with clip 1 has 0.5.
     """
     _check(update, plan)
     return 1.0 - float(np.count_nonzero(np.abs(update.vector) <= plan.clip)) / plan.dimension

@@ -10,10 +10,11 @@ Layout (numbers little-endian)::
         tuple of bytes   count u32  | (length u64 | bytes) times count
     SHA-256 of everything before it, 32 bytes
 
-What never leaves a site (`PrivateUpdate`, `QuantizedUpdate`) is not in the table and cannot be encoded. The digest
-finds accidents, not attackers: whoever may alter the bytes may also recompute it.
+What never leaves a site (`PrivateUpdate`, `QuantizedUpdate`) or the server (`SealedSum`, `OpenedSum`) is not in the
+table and cannot be encoded. The digest finds accidents, not attackers: whoever may alter the bytes may also recompute
+it; signatures are inside the messages.
 
-Stability: kinds are never removed and never change meaning; a changed field set needs a new version.
+Stability: within a version kinds are never removed and never change meaning; a changed field set needs a new version.
 """
 
 from __future__ import annotations
@@ -22,22 +23,38 @@ import dataclasses
 import hashlib
 import json
 import struct
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcollm_privacy.ckks_parameters import CkksParameters
 from fedcollm_privacy.errors import InvalidValue, ProtocolError
 from fedcollm_privacy.messages import (
     AdapterSpec,
-    OpenedSum,
+    DpTerms,
     Receipt,
     RoundPlan,
-    SealedSum,
-    SealedUpdate,
     Settlement,
     TrainRequest,
     canonical_json,
+)
+from fedcollm_privacy.secure_sum_messages import (
+    Advertisement,
+    Agreement,
+    PartRequest,
+    PeerKeys,
+    PeerShares,
+    Ready,
+    SealedShare,
+    SealedShares,
+    SignedPlan,
+    SurvivorSet,
+    UnmaskRequest,
+    UnmaskShares,
+    UploadManifest,
+    UploadPart,
 )
 
 __all__ = ["MAX_BYTES", "decode", "encode"]
@@ -45,21 +62,32 @@ __all__ = ["MAX_BYTES", "decode", "encode"]
 M = TypeVar("M")
 
 KINDS: dict[int, type[Any]] = {
-    1: RoundPlan,
     2: TrainRequest,
-    3: SealedUpdate,
-    4: SealedSum,
-    5: OpenedSum,
     6: Receipt,
     7: Settlement,
     8: AdapterSpec,
+    9: SignedPlan,
+    10: Advertisement,
+    11: PeerKeys,
+    12: SealedShare,
+    13: SealedShares,
+    14: UploadManifest,
+    15: PartRequest,
+    16: UploadPart,
+    17: SurvivorSet,
+    18: Agreement,
+    19: UnmaskRequest,
+    20: UnmaskShares,
+    21: PeerShares,
+    22: Ready,
 }
+_NESTED = (RoundPlan, CkksParameters, DpTerms)
 MAX_BYTES = 2**31
-"""No message is longer; 20 million encrypted parameters are 160 MB."""
+"""No message is longer; uploads come in parts of 3 MiB, the largest message is the broadcast of a long adapter."""
 
 _HINTS: dict[type[Any], dict[str, Any]] = {
     kind: {field.name: get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
-    for kind in KINDS.values()
+    for kind in (*KINDS.values(), *_NESTED)
 }
 _BINARY: dict[type[Any], dict[str, Any]] = {
     kind: {
@@ -70,7 +98,7 @@ _BINARY: dict[type[Any], dict[str, Any]] = {
     for kind, hints in _HINTS.items()
 }
 
-_MAGIC, _VERSION = b"FCLM", 1
+_MAGIC, _VERSION = b"FCLM", 2
 _PREFIX = struct.Struct("<4sHHQ")
 _LENGTH, _COUNT = struct.Struct("<Q"), struct.Struct("<I")
 _DIGEST_BYTES = 32
@@ -202,8 +230,11 @@ def _build(target: type[M], header: dict[str, Any], binary: dict[str, Any]) -> M
 
 
 def _scalar(hint: Any, value: Any) -> Any:
-    if hint is RoundPlan and isinstance(value, dict):
-        return _build(RoundPlan, value, {})
+    if hint in _NESTED and isinstance(value, dict):
+        return _build(hint, value, {})
+    if get_origin(hint) is UnionType:
+        inner, nothing = get_args(hint)
+        return None if value is None and nothing is NoneType else _scalar(inner, value)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_scalar(get_args(hint)[0], item) for item in value)
     # JSON keeps 1 and 1.0 apart and so must we: a plan's digest depends on it.
@@ -215,9 +246,7 @@ def _scalar(hint: Any, value: Any) -> Any:
 
 def _scalars(message: Any) -> dict[str, Any]:
     scalars = {name: getattr(message, name) for name in _HINTS[type(message)] if name not in _BINARY[type(message)]}
-    return {
-        name: dataclasses.asdict(value) if isinstance(value, RoundPlan) else value for name, value in scalars.items()
-    }
+    return {name: dataclasses.asdict(value) if isinstance(value, _NESTED) else value for name, value in scalars.items()}
 
 
 def _little_endian(hint: Any) -> np.dtype[Any]:
