@@ -24,7 +24,7 @@ HOMES = {
     "opacus": {"per_sample", "cross_checks"},  # gradients there, its PRV accountant as a second opinion here
     "peft": {"models"},
     "rouge_score": {"evaluation"},
-    "sqlite3": {"ledger", "round_journal"},  # a site's two durable memories: what it spent, what it answered
+    "sqlite3": {"durable"},
     "tenseal": {"ckks", "ckks_secret"},  # public and secret half are kept apart, so that the path shows in a diff
     "tokenizers": {"pretraining"},
     "transformers": {"models", "pretraining"},  # the embedded pair is built from a bare configuration

@@ -808,7 +808,7 @@ def connecting(monkeypatch: pytest.MonkeyPatch, setup: str, timeout: float) -> N
         connection.execute(setup)
         return connection
 
-    monkeypatch.setattr("fedcollm_privacy.ledger.sqlite3.connect", connect)
+    monkeypatch.setattr("fedcollm_privacy.durable.sqlite3.connect", connect)
 
 
 def test_a_full_disk_refuses_the_reservation_and_keeps_the_ledger_whole(

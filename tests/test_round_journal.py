@@ -307,7 +307,7 @@ def test_a_journal_that_cannot_be_written_answers_nothing(
     def read_only(path: Path, **more: Any) -> sqlite3.Connection:
         return real(f"file:{path}?mode=ro", uri=True, **more)  # file permissions do not stop root
 
-    monkeypatch.setattr("fedcollm_privacy.round_journal.sqlite3.connect", read_only)
+    monkeypatch.setattr("fedcollm_privacy.durable.sqlite3.connect", read_only)
     with pytest.raises(LedgerError, match="readonly"):
         call(journal)
     monkeypatch.undo()
@@ -317,12 +317,17 @@ def test_a_journal_that_cannot_be_written_answers_nothing(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
 def test_a_read_only_file_is_refused_when_it_is_opened(journal: RoundJournal, tmp_path: Path) -> None:
     (tmp_path / "rounds.sqlite").chmod(0o400)
-    with pytest.raises(LedgerError, match="readonly"):
+    with pytest.raises(LedgerError, match="cannot be opened or made"):
         RoundJournal(tmp_path / "rounds.sqlite")
 
 
+def test_only_its_owner_may_read_it(tmp_path: Path) -> None:
+    RoundJournal(tmp_path / "site" / "rounds.sqlite")
+    assert (tmp_path / "site" / "rounds.sqlite").stat().st_mode & 0o777 == 0o600
+
+
 def test_what_is_no_file_or_no_data_base_is_refused_when_it_is_opened(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="cannot be used as a round journal"):
+    with pytest.raises(LedgerError, match="cannot be opened or made"):
         RoundJournal(tmp_path)
     (tmp_path / "text").write_text("a text, and long enough to be one" * 100)
     with pytest.raises(LedgerError, match="cannot be used as a round journal"):

@@ -24,9 +24,7 @@ import hmac
 import json
 import math
 import os
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -36,6 +34,7 @@ from fedcollm_privacy import _validate
 from fedcollm_privacy.accounting import ACCOUNTANT, Steps
 from fedcollm_privacy.adaptive import ADAPTIVE_ACCOUNTANT, AdaptivePlan, RdpFilter
 from fedcollm_privacy.cross_checks import cross_check
+from fedcollm_privacy.durable import Connection, make_file, transaction
 from fedcollm_privacy.entries import GENESIS, Spent, charges, entry_digest, total, verify_chain
 from fedcollm_privacy.errors import BudgetExceeded, LedgerError, PrivacyViolation
 from fedcollm_privacy.messages import canonical_json
@@ -61,14 +60,7 @@ class Ledger:
     def __init__(self, path: Path, site: str) -> None:
         _validate.public_name(site=site)
         self._path, self._site = path, site
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            path.chmod(0o600)
-        except OSError as error:
-            raise LedgerError(
-                f"{path} cannot be opened or made: {error.strerror}; set privacy.ledger_dir to a folder you may write"
-            ) from error
+        make_file(path, "set privacy.ledger_dir to a folder you may write")
         with self._transaction() as db:
             db.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT")
             db.execute(
@@ -92,33 +84,22 @@ class Ledger:
         if problems:
             raise LedgerError(f"{path} was altered ({problems[0]}); nothing is spent on it until it is restored")
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        # One writer at a time: the lock is taken before the first read, so two runs cannot both see the last budget.
-        try:
-            db = sqlite3.connect(self._path, timeout=30, isolation_level=None)
-            try:
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-                db.execute("COMMIT")
-            finally:
-                db.close()  # whatever was not committed is rolled back
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"{self._path} cannot be used as a ledger: {error}; nothing is trained. Free its disk or end the other "
-                "run that holds it; if it is damaged, restore it from a backup"
-            ) from error
+    def _transaction(self) -> AbstractContextManager[Connection]:
+        otherwise = (
+            "nothing is trained. Free its disk or end the other run that holds it; if it is damaged, restore it from a "
+            "backup"
+        )
+        return transaction(self._path, "a ledger", otherwise)
 
     @staticmethod
-    def _read(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    def _read(db: Connection) -> list[dict[str, Any]]:
         rows = db.execute("SELECT body, digest FROM entries ORDER BY seq").fetchall()
         try:
             return [{**json.loads(body), "digest": digest} for body, digest in rows]
         except (ValueError, TypeError) as error:
             raise LedgerError("the ledger was altered: an entry is unreadable; restore it from a backup") from error
 
-    def _append(self, db: sqlite3.Connection, entries: list[dict[str, Any]], content: dict[str, Any]) -> str:
+    def _append(self, db: Connection, entries: list[dict[str, Any]], content: dict[str, Any]) -> str:
         body = {
             "schema": SCHEMA_VERSION,
             "seq": len(entries) + 1,

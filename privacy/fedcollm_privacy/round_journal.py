@@ -7,12 +7,11 @@ that round a second time. Whoever deletes the file makes the site forget; it bel
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from fedcollm_privacy.errors import LedgerError, ProtocolError
+from fedcollm_privacy.durable import Connection, make_file, transaction
+from fedcollm_privacy.errors import ProtocolError
 from fedcollm_privacy.messages import RoundPlan
 
 __all__ = ["RoundJournal"]
@@ -39,7 +38,7 @@ class RoundJournal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_file(path, "nothing is answered without it; choose a folder you may write")
         with self._transaction() as db:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
@@ -107,23 +106,10 @@ class RoundJournal:
             )
 
     @staticmethod
-    def _signed(db: sqlite3.Connection, plan: RoundPlan) -> tuple[str, str] | None:
+    def _signed(db: Connection, plan: RoundPlan) -> tuple[str, str] | None:
         query = "SELECT plan, survivors FROM signed WHERE run_id = ? AND server_round = ?"
         row = db.execute(query, (plan.run_id, plan.server_round)).fetchone()
         return None if row is None else (str(row[0]), str(row[1]))
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            db = sqlite3.connect(self._path, timeout=30, isolation_level=None)
-            try:
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute("BEGIN IMMEDIATE")
-                yield db
-                db.execute("COMMIT")
-            finally:
-                db.close()  # whatever was not committed is rolled back
-        except sqlite3.Error as error:
-            raise LedgerError(
-                f"{self._path} cannot be used as a round journal: {error}; nothing is answered until it is restored"
-            ) from error
+    def _transaction(self) -> AbstractContextManager[Connection]:
+        return transaction(self._path, "a round journal", "nothing is answered until it is restored")
