@@ -165,7 +165,7 @@ class MaskedSum:
             answers = self._ask("unmask", tuple(agreed.agreements), encode(agreed.request))
             masks, wrong = coordinator.remaining_masks(agreed, answers)
             if agreed.failed or wrong:
-                self._witness("misbehaved", plan=plan.digest, sites={**agreed.failed, **wrong})
+                self._witness("faults", plan=plan.digest, sites={**agreed.failed, **wrong})
             opened = self._decryptor.open_sum(plan, self._sealed_sum(agreed, masks))
         except OpeningRefused as error:
             raise RoundLost(str(error)) from error
