@@ -46,7 +46,7 @@ MEMORISING = [
     "adapter.target_modules=[all-linear]",
     "adapter.aggregation=factor_average",
 ]
-# What is changed, and which of the released models trained on private text, itself or through the other.
+# What is changed, and which of the two models to attack: those that saw private records or somebody who did.
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "embedded default": ([], ("slm", "llm")),
     "memorising": (MEMORISING, ("slm", "llm")),
@@ -174,7 +174,12 @@ HEAD = """# What the released models leak: embedded federation, with DP and with
 One seed. Members are persons of the sites' training data, controls are held-out persons of the same sites (2,560 and
 640); intervals at 95 %, each on its own. Eight secrets of 1,000 candidates, each in 12 records of one person at one
 site; a model that knows nothing has 1.44 bits on average. Verdicts share an error of 5 % between the three looks.
-"Nothing is shown" means that the attack found nothing in the run without DP either: that is no merit of DP.
+"Nothing is shown" means that the attack found nothing in the run without DP either: that is no merit of DP. Nor is it
+where DP spoiled the model (see the perplexities at the end).
+
+*Memorising*: 8 rounds of 60 steps in place of 6 of 10, and an adapter of rank 32 on all linear layers, both factors
+averaged. *LLM trained on the records*: the same steps and adapter on the LLM, all records in one place; in FedCoLLM the
+LLM never sees a private record, only the SLM's opinion of public text.
 
 """
 
