@@ -1,6 +1,6 @@
 """Shamir shares (1979) of the mask seeds, commitments to them, and the boxes in which they travel.
 
-The sharing is PyCryptodome's, the most widely kept Python package that has one: polynomials over GF(2^128) modulo
+The sharing is PyCryptodome's, a Python package in wide use and still kept: polynomials over GF(2^128) modulo
 x^128 + x^7 + x^2 + x + 1, big-endian, the secret at x = 0, holder i at x = i from 1 on, coefficients from
 ``os.urandom``. A secret there has 16 bytes; our 32-byte secrets are two halves with two independent polynomials.
 
