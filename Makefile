@@ -25,6 +25,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/secure_sum.py
 	$(BIN)/python benchmarks/compressed_uploads.py
 	$(BIN)/python benchmarks/dp_step.py
+	$(BIN)/python benchmarks/audit.py
 	$(if $(DATA),$(BIN)/python benchmarks/medquad.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 	$(if $(DATA),$(BIN)/python benchmarks/dp_loss.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 

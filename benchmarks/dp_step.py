@@ -33,9 +33,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedcollm_privacy.dp_sgd import run_private_steps
 from fedcollm_privacy.independence import Independence
-from fedcollm_privacy.ledger import Reservation
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.reservation import Reservation
 from secure_fedcollm.losses import per_record_loss
 from secure_fedcollm.tokenization import Batch
 

@@ -24,16 +24,8 @@ from typing import Any
 
 import torch
 
-from fedcollm_audits.leakage import (
-    LOOKS,
-    Comparison,
-    Interval,
-    Leakage,
-    MembershipInference,
-    compare,
-    load_released,
-    measure,
-)
+from fedcollm_audits.leakage import LOOKS, Comparison, Leakage, compare, load_released, measure
+from fedcollm_audits.membership import Interval, MembershipInference
 from secure_fedcollm.embedded import load_embedded
 from secure_fedcollm.exposure import Exposure
 

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from fedcollm_privacy.aggregator import Aggregator
-from fedcollm_privacy.contributor import Contributor, SumPolicy
 from fedcollm_privacy.decryptor import Decryptor
-from fedcollm_privacy.errors import ConfigError
+from fedcollm_privacy.entries import Cap
+from fedcollm_privacy.errors import ConfigError, FedCollmError
+from fedcollm_privacy.head_witness import HeadWitness
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.plan import DpPlan, calibrate
 from fedcollm_privacy.roster import Roster
-from fedcollm_privacy.round_journal import RoundJournal
 from fedcollm_privacy.secure_sum import MaskedSum
 from secure_fedcollm import data as federation_data
 from secure_fedcollm.config import Config
 from secure_fedcollm.data import FederationData, SiteData
 from secure_fedcollm.folder import RunFolder
+from secure_fedcollm.heads import LedgerHeads
 from secure_fedcollm.models import AdaptedModel, check_same_tokenizer, load, use_fitting_threads
+from secure_fedcollm.parties import Parties, home, ledger_dir
 from secure_fedcollm.pretraining import embedded_pair
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.records import Record
 from secure_fedcollm.rounds import Federation, State
 from secure_fedcollm.server import Server
 from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
+from secure_fedcollm.site_guard import SiteGuard
 from secure_fedcollm.tokenization import TokenDataset, tokenize
 from secure_fedcollm.training import LocalTraining, records_of_units
 from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import InProcessTransport
 
-__all__ = ["Assembly", "assemble", "home"]
+__all__ = ["Assembly", "assemble"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,8 @@ class Assembly:
         ledgers: for every site of a private run, its ledger.
         data_sets: for every site, its data set's name in the ledger.
         plans: for every site of a private run, its privacy plan.
+        server_key: signs the statement.
+        roster: of all parties.
     """
 
     config: Config
@@ -63,11 +65,8 @@ class Assembly:
     ledgers: dict[str, Ledger]
     data_sets: dict[str, str]
     plans: dict[str, DpPlan]
-
-
-def home() -> Path:
-    """Where ledgers of private data and the embedded models' cache live: ``$FEDCOLLM_HOME`` or ``~/.fedcollm``."""
-    return Path(os.environ.get("FEDCOLLM_HOME", Path.home() / ".fedcollm"))
+    server_key: SigningKey
+    roster: Roster
 
 
 def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assembly:
@@ -89,7 +88,7 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
     slm, llm = _models(config, folder, progress)
     test, test_source = _test_records(config, data)
     site_model = slm if config.federation.site_model == "slm" else llm
-    sites, ledgers, data_sets = [], {}, {}
+    sites = []
     with progress.stage("load", "tokenise, calibrate noise, commit plans", 2 * len(data.sites)) as step:
         tokens = {}
         for site_data in data.sites:
@@ -98,16 +97,23 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
             )
             step()
         plans = _plans(config, tokens)
-        parties = _parties(config, folder, tuple(tokens))
+        parties = Parties.of(config, folder, tuple(tokens))
+        guards = {name: parties.guard(config, folder, name, site_model.spec.base_model) for name in tokens}
+        ledgers = _ledgers(config, folder, parties, guards, plans)
         for name in tokens:
-            data_sets[name] = _data_set_name(config, name)
-            contributor = _contributor(config, folder, parties, name)
-            site, ledger = _site(
-                config, folder, progress, contributor, tokens[name], site_model, plans.get(name), data_sets[name]
+            sites.append(
+                _site(
+                    config,
+                    folder,
+                    progress,
+                    parties,
+                    guards[name],
+                    tokens[name],
+                    site_model,
+                    plans.get(name),
+                    ledgers.get(name),
+                )
             )
-            sites.append(site)
-            if ledger is not None:
-                ledgers[site.name] = ledger
             step()
     public_tokens = tokenize(
         data.public_train, slm.tokenizer, max_length=config.data.max_length, append_eos=data.append_eos
@@ -125,6 +131,10 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         progress=progress,
     )
     transcript = Transcript(folder.path / "transcript.jsonl")
+    heads = None
+    if ledgers:
+        memory = ledger_dir(config, folder) / "server.heads.sqlite"
+        heads = LedgerHeads(witness=HeadWitness(memory, parties.server), roster=parties.roster)
     transport = InProcessTransport({site.name: site.handle for site in sites})
     federation = Federation(
         server=server,
@@ -139,6 +149,7 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         ),
         transcript=transcript,
         keep=folder.keep_opened,
+        heads=heads,
         sites=tuple(sites),
     )
     alone = {} if config.federation.exchange == "secure_sum" else {s.name: site_model.read() for s in sites}
@@ -152,8 +163,10 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         test=test,
         test_source=test_source,
         ledgers=ledgers,
-        data_sets=data_sets,
+        data_sets={name: guard.rule.name for name, guard in guards.items()},
         plans=plans,
+        server_key=parties.server,
+        roster=parties.roster,
     )
 
 
@@ -229,13 +242,6 @@ def _test_records(config: Config, data: FederationData) -> tuple[tuple[Record, .
     return tuple(chosen[: config.evaluation.max_records]), source
 
 
-def _data_set_name(config: Config, site: str) -> str:
-    where = "embedded" if config.data.path is None else config.data.path
-    if config.data.path is not None and not config.data.path.startswith("hub:"):
-        where = str(Path(config.data.path).resolve())
-    return f"{where}#{site}"
-
-
 def _plans(config: Config, tokens: dict[str, TokenDataset]) -> dict[str, DpPlan]:
     """Each site's plan; none in a run without DP or rounds."""
     privacy, federation = config.privacy, config.federation
@@ -267,82 +273,65 @@ def _plans(config: Config, tokens: dict[str, TokenDataset]) -> dict[str, DpPlan]
     return {name: replace(plan, noise_multiplier=most) for name, plan in plans.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parties:
-    server: SigningKey
-    sites: dict[str, SigningKey]
-    roster: Roster
-
-
-def _parties(config: Config, folder: RunFolder, names: tuple[str, ...]) -> _Parties:
-    """Identities for a run in one process tree: made anew at every start, kept in memory, gone with it.
-
-    Roles that share a machine need no keys against each other; they sign all the same, so that the code is that of
-    sites on machines of their own and the transcript can be checked. Their roster lies in the run's folder.
-    """
-    server, sites = SigningKey.generate("server"), {name: SigningKey.generate(name) for name in sorted(names)}
-    # A roster has three sites at least; the baselines without exchange may have fewer, and use none of it.
-    while len(sites) < 3:
-        sites[f"absent-{len(sites)}"] = SigningKey.generate(f"absent-{len(sites)}")
-    roster = Roster(
-        federation=folder.run_id,
-        server=server.public,
-        sites=tuple(sites[name].public for name in sorted(sites)),
-        valid_until=int(time.time()) + 10 * 365 * 86_400,
-    )
-    if config.federation.exchange == "secure_sum":
-        (folder.path / "rosters").mkdir(exist_ok=True)
-        (folder.path / "rosters" / f"{roster.digest[:16]}.json").write_bytes(roster.to_bytes())
-    return _Parties(server=server, sites=sites, roster=roster)
-
-
-def _contributor(config: Config, folder: RunFolder, parties: _Parties, name: str) -> Contributor:
-    return Contributor(
-        key=parties.sites[name],
-        roster=parties.roster,
-        policy=SumPolicy(
-            min_contributors=max(config.federation.min_contributors, config.secure_sum.max_colluding + 2),
-            max_colluding=config.secure_sum.max_colluding,
-        ),
-        journal=RoundJournal(_ledger_dir(config, folder) / f"{name}.rounds.sqlite"),
-    )
+def _ledgers(
+    config: Config, folder: RunFolder, parties: Parties, guards: dict[str, SiteGuard], plans: dict[str, DpPlan]
+) -> dict[str, Ledger]:
+    """Each private site's ledger with its plan committed; a plan that one site refuses is given up at the others."""
+    privacy = config.privacy
+    for name, guard in guards.items():
+        guard.check_privacy(plans.get(name), folder.run_id)
+    if privacy is None:
+        return {}
+    asked = Cap(epsilon=privacy.cap_epsilon, delta=privacy.cap_delta)
+    ledgers = {n: Ledger(ledger_dir(config, folder) / f"{n}.sqlite", parties.sites[n]) for n in plans}
+    committed = list[Ledger]()
+    for name, ledger in ledgers.items():
+        guard = guards[name]
+        try:
+            ledger.commit_plan(
+                run_id=folder.run_id,
+                data_set=guard.rule.name,
+                plan=plans[name],
+                caps=guard.caps(asked),
+                policy=guard.policy.digest,
+            )
+        except FedCollmError as refusal:
+            guard.log(refusal, folder.run_id, None)
+            for other in committed:
+                other.abort(folder.run_id)
+            raise
+        committed.append(ledger)
+    return ledgers
 
 
 def _site(
     config: Config,
     folder: RunFolder,
     progress: RunProgress,
-    contributor: Contributor,
+    parties: Parties,
+    guard: SiteGuard,
     tokens: TokenDataset,
     adapted: AdaptedModel,
     plan: DpPlan | None,
-    data_set: str,
-) -> tuple[Site, Ledger | None]:
-    privacy, federation, name = config.privacy, config.federation, contributor.name
-    budget: PrivateBudget | NonPrivate
-    if privacy is None or plan is None:
-        budget = NonPrivate(
-            steps=federation.local_steps,
-            batch_size=federation.batch_size,
-            seed=_seed_of(config.seed, name),
-        )
-    else:
-        ledger = Ledger(_ledger_dir(config, folder) / f"{name}.sqlite", name)
-        ledger.commit_plan(
-            run_id=folder.run_id,
-            data_set=data_set,
-            plan=plan,
-            cap_epsilon=privacy.cap_epsilon,
-            cap_delta=privacy.cap_delta,
-        )
+    ledger: Ledger | None,
+) -> Site:
+    privacy, federation, name = config.privacy, config.federation, guard.policy.site
+    budget: PrivateBudget | NonPrivate = NonPrivate(
+        steps=federation.local_steps,
+        batch_size=federation.batch_size,
+        seed=_seed_of(config.seed, name),
+    )
+    if privacy is not None and plan is not None and ledger is not None:
         budget = PrivateBudget(
             plan=plan,
             ledger=ledger,
             observable=config.data.declared != "private",
             test_seed=privacy.insecure_test_seed,
         )
-    site = Site(
-        contributor=contributor,
+    return Site(
+        key=parties.sites[name],
+        contributor=parties.contributor(config, folder, name, guard.policy.opening),
+        guard=guard,
         run_id=folder.run_id,
         adapted=adapted,
         tokens=tokens,
@@ -351,15 +340,6 @@ def _site(
         how=LocalTraining(learning_rate=federation.learning_rate, batch_tokens=federation.batch_tokens),
         progress=progress,
     )
-    return site, budget.ledger if isinstance(budget, PrivateBudget) else None
-
-
-def _ledger_dir(config: Config, folder: RunFolder) -> Path:
-    if config.privacy is not None and config.privacy.ledger_dir is not None:
-        return Path(config.privacy.ledger_dir).expanduser()
-    if config.data.declared == "private":
-        return home() / "ledgers"
-    return folder.path / "ledgers"
 
 
 def _seed_of(seed: int, site: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -18,17 +17,21 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from fedcollm_privacy.errors import ConfigError, FedCollmError, LedgerError
+from fedcollm_privacy.errors import ConfigError, FedCollmError
 from secure_fedcollm.config import Config
 from secure_fedcollm.keys_cli import keys_app
+from secure_fedcollm.ledger_cli import ledger_app
+from secure_fedcollm.policy_cli import policy_app
 from secure_fedcollm.strict_build import build
+from secure_fedcollm.sweep_cli import sweep
 
 __all__ = ["app", "compose_config", "main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-ledger_app = typer.Typer(no_args_is_help=True, help="Look at a site's privacy ledger.")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(keys_app, name="keys")
+app.add_typer(policy_app, name="policy")
+app.command()(sweep)
 
 
 def _config_folder() -> Path:
@@ -143,67 +146,9 @@ def _show(summary: Mapping[str, Any], path: Path) -> None:
             )
         console.print(secrets)
     console.print(summary["note"], style=None if summary["private"] else "bold red")
-    console.print(f"report: {path / 'report.html'}")
-
-
-@ledger_app.command("show")
-def ledger_show(path: Annotated[Path, typer.Argument(help="The site's .sqlite ledger")]) -> None:
-    """Print every entry of a ledger."""
-    table = Table(title=str(path), title_justify="left")
-    for column in ("seq", "time", "kind", "run", "round", "steps", "ε charged", "outcome", "digest"):
-        table.add_column(column)
-    for entry in _open_ledger(path).entries():
-        table.add_row(
-            str(entry["seq"]),
-            entry["time"],
-            entry["kind"],
-            entry["run_id"],
-            str(entry.get("server_round", "")),
-            str(entry.get("steps", "")),
-            f"{entry['epsilon']:.4f}" if "epsilon" in entry else "",
-            entry.get("outcome", ""),
-            entry["digest"][:12],
-        )
-    Console().print(table)
-
-
-@ledger_app.command("verify")
-def ledger_verify(
-    path: Annotated[Path, typer.Argument(help="A .sqlite ledger or a .jsonl export")],
-) -> None:
-    """Check the hash chain of a ledger or an export; exit 0 only if it holds."""
-    from fedcollm_privacy.ledger import verify_chain
-
-    if path.suffix == ".jsonl":
-        try:
-            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise LedgerError(f"{path} cannot be read as an export: {error}") from error
-    else:
-        entries = _open_ledger(path).entries()
-    problems = verify_chain(entries)
-    for problem in problems:
-        Console(stderr=True).print(problem, style="red", highlight=False)
-    if problems:
-        raise typer.Exit(1)
-    Console().print(f"{len(entries)} entries, the chain holds", highlight=False)
-
-
-@ledger_app.command("export")
-def ledger_export(
-    path: Annotated[Path, typer.Argument(help="The site's .sqlite ledger")],
-    target: Annotated[Path, typer.Argument(help="The .jsonl file to write")],
-) -> None:
-    """Write a ledger as canonical JSON lines."""
-    _open_ledger(path).export(target)
-
-
-def _open_ledger(path: Path) -> Any:
-    from fedcollm_privacy.ledger import Ledger
-
-    if not path.exists():
-        raise LedgerError(f"{path} does not exist")
-    return Ledger(path, path.stem)
+    console.print(f"report:    {path / 'report.html'}")
+    console.print(f"statement: {path / 'statement.html'}")
+    console.print(f"audit:     fedcollm-audit {path} --html")
 
 
 def main() -> None:

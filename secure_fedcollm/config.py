@@ -37,6 +37,8 @@ class DataConfig:
         declared: what the records are. ``private`` keeps the ledger across runs and evaluates on public text only;
             ``public`` and ``synthetic`` allow evaluation on the sites' held-out records.
         path: JSONL/CSV file or folder, or ``hub:<dataset id>``; null is the embedded synthetic data.
+        policy_dir: folder of the sites' policies, ``<site>.yaml``; null takes ``~/.fedcollm/policies`` for private
+            data, and writes the run's own for data that is declared public or synthetic.
         public_path: the public set D_a in the same format; null takes ``public_fraction``, or the packaged
             synthetic text when that is 0.
         public_fraction: share of the records that becomes D_a; refused for private data.
@@ -48,6 +50,7 @@ class DataConfig:
     task: Task
     declared: Literal["private", "public", "synthetic"]
     path: str | None
+    policy_dir: str | None
     public_path: str | None
     public_fraction: float
     split: str
@@ -258,6 +261,20 @@ class Config:
             "own (experiment=..._non_private) and says so in every output",
         )
         self._check_release()
+        check(
+            self.data.partition == "column" or self.data.declared != "private",
+            "data.partition",
+            self.data.partition,
+            "column for private data, with data.site_field=<column that names a record's site>: records that are dealt "
+            "out by chance would be charged to other ledgers in the next run. Or say data.declared=public|synthetic if "
+            "the records really are",
+        )
+        check(
+            not self.federation.pool or self.data.declared != "private",
+            "federation.pool",
+            self.federation.pool,
+            "false for private data: pooled records would be charged to another ledger than their sites'",
+        )
         least = max(3, self.secure_sum.max_colluding + 2)
         check(
             self.federation.exchange == "none" or self.federation.min_contributors >= least,

@@ -26,6 +26,7 @@ from fedcollm_privacy.messages import AdapterSpec, digest_of
 __all__ = [
     "LORA_TARGETS",
     "AdaptedModel",
+    "base_digest_of",
     "check_same_tokenizer",
     "load",
     "merged_delta",
@@ -165,23 +166,7 @@ def load(
     Raises:
         ModelError: not loadable, no LoRA targets known or found, or targets outside linear layers.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its length warnings are moot: truncation is ours
-    try:
-        # Said outright: left open, transformers asks at the terminal whether to run the checkpoint's code.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        base, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{name} cannot be loaded: {reason}. Give a hub id (needs network or a filled cache) or a folder with "
-            "config.json, model.safetensors and tokenizer files."
-        ) from error
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        absent = sorted(str(key) for key in {*loading["missing_keys"], *loading["mismatched_keys"]})
-        raise ModelError(f"{name} lacks weights ({len(absent)} tensors, for example {absent[0]}); they would be random")
+    base, tokenizer = _pretrained(name, dtype)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     base.to(device)
@@ -219,6 +204,37 @@ def load(
                 draw = torch.randn(columns, rows, generator=generator, dtype=torch.float64)
                 parameter.copy_(torch.linalg.qr(draw).Q.T)
     return adapted
+
+
+def base_digest_of(name: str, dtype: Literal["float32", "bfloat16"]) -> str:
+    """What `load` writes as ``base_model`` into the specs of this model: SHA-256 over its weights and vocabulary.
+
+    Raises:
+        ModelError: not loadable.
+    """
+    return _base_digest(*_pretrained(name, dtype))
+
+
+def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
+    """The model without adapter, and its tokenizer."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its length warnings are moot: truncation is ours
+    try:
+        # Said outright: left open, transformers asks at the terminal whether to run the checkpoint's code.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        base, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{name} cannot be loaded: {reason}. Give a hub id (needs network or a filled cache) or a folder with "
+            "config.json, model.safetensors and tokenizer files."
+        ) from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        absent = sorted(str(key) for key in {*loading["missing_keys"], *loading["mismatched_keys"]})
+        raise ModelError(f"{name} lacks weights ({len(absent)} tensors, for example {absent[0]}); they would be random")
+    return base, tokenizer
 
 
 def _targets(base: Any, given: Sequence[str] | None, name: str) -> list[str] | str:

@@ -14,18 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcollm_privacy.errors import ProtocolError, RoundLost
-from fedcollm_privacy.messages import OpenedSum, Receipt, RoundPlan, Settlement, TrainRequest
+from fedcollm_privacy.messages import OpenedSum, Receipt, RoundPlan, Settlement, TrainRequest, vector_digest
 from fedcollm_privacy.secure_sum import SecureSum
 from fedcollm_privacy.secure_sum_messages import UploadManifest
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.distillation import CoTuningReport
+from secure_fedcollm.heads import LedgerHeads
 from secure_fedcollm.server import Server
 from secure_fedcollm.server_optimizer import AdamState
 from secure_fedcollm.site import Site
 from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import Reply, Transport
 
-__all__ = ["Federation", "RoundOutcome", "State", "Uploads", "conclude_round", "run_round", "run_round_alone"]
+__all__ = [
+    "Federation",
+    "RoundOutcome",
+    "State",
+    "Uploads",
+    "adapter_digests",
+    "conclude_round",
+    "run_round",
+    "run_round_alone",
+]
 
 Float32 = NDArray[np.float32]
 
@@ -54,6 +64,7 @@ class Federation:
     Attributes:
         keep: puts an opened sum on disk before anything is made of it: sites give their shares once a round, so a sum
             that was lost in a crash could not be had again.
+        heads: counter-signs the heads of the sites' ledgers; None in a declared non-private run, which has none.
         sites: used by the baselines without exchange only; a round goes through ``transport``.
     """
 
@@ -62,6 +73,7 @@ class Federation:
     secure_sum: SecureSum
     transcript: Transcript
     keep: Callable[[OpenedSum], None]
+    heads: LedgerHeads | None
     sites: tuple[Site, ...]
 
 
@@ -76,6 +88,7 @@ class RoundOutcome:
         reason: why the round was lost, for the server's log.
         bytes_up: encrypted bytes received.
         sum_norm: L2 norm of the mean update.
+        distrusted: sites whose ledger's head the server did not counter-sign, with the reason.
     """
 
     outcome: str
@@ -87,6 +100,7 @@ class RoundOutcome:
     bytes_up: int = 0
     sum_norm: float | None = None
     co_tuning: CoTuningReport | None = None
+    distrusted: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_round(federation: Federation, state: State, server_round: int, attempt: int, value_bits: int) -> RoundOutcome:
@@ -190,10 +204,9 @@ class Uploads:
 
 
 def _settled(federation: Federation, plan: RoundPlan, result: RoundOutcome) -> RoundOutcome:
-    """7. Every site closes its reservation and says what its ledger has spent."""
-    federation.transcript.record(
-        result.outcome, server_round=plan.server_round, plan=plan.digest, cohort=list(result.cohort)
-    )
+    """7. Every site closes its reservation, says what its ledger has spent, has the ledger's head counter-signed."""
+    facts = {"server_round": plan.server_round, "plan": plan.digest, "cohort": list(result.cohort)}
+    federation.transcript.record(result.outcome, **facts, **adapter_digests(result.state))
 
     def outcome(site: str) -> str:
         return "lost" if result.outcome == "lost" else "included" if site in result.cohort else "left_out"
@@ -210,4 +223,17 @@ def _settled(federation: Federation, plan: RoundPlan, result: RoundOutcome) -> R
             continue
         if settlement.site == reply.site:
             settlements.append(settlement)
-    return replace(result, settlements=tuple(settlements))
+    return replace(result, settlements=tuple(settlements), distrusted=_heads(federation, plan))
+
+
+def _heads(federation: Federation, plan: RoundPlan) -> Mapping[str, str]:
+    if federation.heads is None:
+        return {}
+    return federation.heads.exchange(
+        federation.transport, federation.transcript, run_id=plan.run_id, server_round=plan.server_round
+    )
+
+
+def adapter_digests(state: State) -> dict[str, str]:
+    """Digests of the shared adapters, as the transcript and the statement name them."""
+    return {"slm": vector_digest(state.slm), "llm": vector_digest(state.llm)}

@@ -18,7 +18,14 @@ from secure_fedcollm.exposure import exposure
 from secure_fedcollm.folder import Checkpoint, RunFolder
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.progress import RunProgress
-from secure_fedcollm.rounds import RoundOutcome, State, conclude_round, run_round, run_round_alone
+from secure_fedcollm.rounds import (
+    RoundOutcome,
+    State,
+    adapter_digests,
+    conclude_round,
+    run_round,
+    run_round_alone,
+)
 
 __all__ = ["run"]
 
@@ -65,6 +72,7 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
         folder.drop_metrics_after(last.server_round)
         progress.say(f"resumed after round {last.server_round}")
     state = last.state
+    _begin(parts, folder, state)
     for server_round in range(last.server_round + 1, config.federation.rounds + 1):
         attempt = federation.transcript.attempts(server_round) + 1
         if config.federation.exchange == "secure_sum":
@@ -82,6 +90,7 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
                 measured = _measure(parts, result.state, progress)
             except ModelError as error:  # a model diverged without a NaN in its adapter: the round is lost
                 result = replace(result, outcome="lost", state=state, reason=str(error))
+                federation.transcript.record("rolled_back", server_round=server_round, **adapter_digests(state))
                 measured = _measure(parts, state, progress)
         state = result.state
         row = _row(server_round, attempt, result, measured, parts, progress)
@@ -96,6 +105,34 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
             "sites and the reasons. Budget that sites reserved stays spent."
         )
     return state
+
+
+def _begin(parts: Assembly, folder: RunFolder, state: State) -> None:
+    """Note in the transcript where this start begins, and have every site's ledger agree with what the server knows."""
+    federation = parts.federation
+    specs = {
+        "slm": parts.slm.spec,
+        "llm": parts.llm.spec,
+        "shared": parts.slm.shared_spec(parts.config.adapter.aggregation),
+    }
+    federation.transcript.record(
+        "start",
+        run_id=folder.run_id,
+        roster=parts.roster.digest,
+        spec={name: asdict(spec) for name, spec in specs.items()},
+        **adapter_digests(state),
+    )
+    if federation.heads is None:
+        return
+    refused = federation.heads.exchange(
+        federation.transport, federation.transcript, run_id=folder.run_id, server_round=0
+    )
+    if refused:
+        raise FedCollmError(
+            "nothing is trained: these ledgers contradict what the server has counter-signed, or cannot be read: "
+            + ", ".join(f"{site} ({reason})" for site, reason in sorted(refused.items()))
+            + ". Restore the newest copy of each ledger; the sites' own logs say more"
+        )
 
 
 def _row(

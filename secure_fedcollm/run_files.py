@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcollm_privacy.errors import InvalidValue
+from fedcollm_privacy.dsse import Envelope
+from fedcollm_privacy.errors import InvalidValue, ProtocolError
 
 __all__ = ["RunFiles", "read"]
 
@@ -57,11 +58,19 @@ _ROUND: Any = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """``summary.json``, the lines of ``metrics.jsonl`` (none when it is missing) and ``statement.json`` (or None)."""
+    """What a finished run left.
+
+    Attributes:
+        summary: ``summary.json``.
+        rounds: the lines of ``metrics.jsonl``; none when it is missing.
+        statement: what ``statement.json`` says (its predicate; signatures are not checked here), or None.
+        envelope: the same with its signatures.
+    """
 
     summary: dict[str, Any]
     rounds: list[dict[str, Any]]
     statement: dict[str, Any] | None
+    envelope: Envelope | None = None
 
 
 def read(run_dir: Path) -> RunFiles:
@@ -79,13 +88,18 @@ def read(run_dir: Path) -> RunFiles:
     for site, row in summary.get("sites", {}).items():
         if summary.get("private", False) and row.get("epsilon") is None:
             raise InvalidValue(f"summary.json: sites.{site}.epsilon", None, "a number, because private is true")
-    rounds, statement = [], None
+    rounds, statement, envelope = [], None, None
     if (run_dir / "metrics.jsonl").exists():
         rounds = _read_rounds(run_dir / "metrics.jsonl")
     if (run_dir / "statement.json").exists():
-        statement = _parse(_read_text(run_dir / "statement.json"), "statement.json")
-        _check(statement, {"not_covered": [str]}, "statement.json")
-    return RunFiles(summary=summary, rounds=rounds, statement=statement)
+        try:
+            envelope = Envelope.from_bytes((run_dir / "statement.json").read_bytes())
+        except (OSError, ProtocolError) as error:
+            raise InvalidValue("statement.json", str(error), "a signed statement as the run wrote it") from error
+        statement = _parse(envelope.payload.decode(errors="replace"), "statement.json: payload")
+        _check(statement, {"predicate": {"not_covered": [str]}}, "statement.json: payload")
+        statement = statement.get("predicate")
+    return RunFiles(summary=summary, rounds=rounds, statement=statement, envelope=envelope)
 
 
 def _refuse_constant(constant: str) -> float:

@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 from fedcollm_privacy.ckks import PublicContext
 from fedcollm_privacy.contributor import Contributor
 from fedcollm_privacy.dp_sgd import Observation, require_agreement
-from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError, ProtocolError, SiteFailed
+from fedcollm_privacy.endorsement import endorse
+from fedcollm_privacy.entries import open_reservations
+from fedcollm_privacy.errors import (
+    BudgetExceeded,
+    FedCollmError,
+    InvalidValue,
+    LedgerError,
+    PolicyRefused,
+    ProtocolError,
+    SiteFailed,
+)
+from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import (
     PrivateUpdate,
@@ -27,6 +38,7 @@ from fedcollm_privacy.messages import (
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import clipped_fraction, on_grid, quantize
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.reservation import Ran
 from fedcollm_privacy.secure_sum_messages import (
     Advertisement,
     PartRequest,
@@ -37,9 +49,12 @@ from fedcollm_privacy.secure_sum_messages import (
     UnmaskRequest,
     UploadManifest,
 )
+from fedcollm_privacy.statement_messages import Endorsement, StatementOffer
+from fedcollm_privacy.tree_heads import HeadRequest, SignedHead, WitnessedHead
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.models import AdaptedModel, Aggregation
 from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.site_guard import SiteGuard
 from secure_fedcollm.tokenization import TokenDataset
 from secure_fedcollm.training import (
     LocalTraining,
@@ -84,7 +99,9 @@ class Site:
     """One data holder.
 
     Args:
-        contributor: its part in the secure sum: identity, pinned roster, policy, journal.
+        key: its identity; signs ledger heads and the run's statement.
+        contributor: its part in the secure sum: pinned roster, demands, journal.
+        guard: its administrator's policy, and the log of refusals.
         run_id: the run it takes part in; requests of another run are refused.
         adapted: the model it trains (in one process, sites share the frozen base).
         tokens: its training records.
@@ -97,7 +114,9 @@ class Site:
     def __init__(
         self,
         *,
+        key: SigningKey,
         contributor: Contributor,
+        guard: SiteGuard,
         run_id: str,
         adapted: AdaptedModel,
         tokens: TokenDataset,
@@ -107,12 +126,14 @@ class Site:
         progress: RunProgress,
     ) -> None:
         self.name = contributor.name
-        self._contributor = contributor
+        self._key, self._contributor, self._guard = key, contributor, guard
         self._run_id, self._adapted, self._tokens, self._how = run_id, adapted, tokens, how
         self._spec = adapted.shared_spec(aggregation)
         self._budget, self._progress = budget, progress
         self._open: str | None = None
         self._finished = True  # whether what the open reservation paid for was made
+        self._ran: Ran | None = None
+        self._take_up()
         self._clipped_fraction = 0.0
         self._answers: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
             "advertise": (SignedPlan, self.advertise),
@@ -123,6 +144,9 @@ class Site:
             "agree": (SurvivorSet, contributor.agree),
             "unmask": (UnmaskRequest, contributor.unmask),
             "settle": (Receipt, self.settle),
+            "head": (HeadRequest, self.head),
+            "witness": (WitnessedHead, self.witness),
+            "endorse": (StatementOffer, self.endorse),
         }
         self.observations: list[Observation] = []
 
@@ -132,13 +156,17 @@ class Site:
         Raises:
             SiteFailed: with a code and no detail; the detail stays in the site's own log.
         """
+        server_round = None
         try:
             if operation not in self._answers:
-                raise ProtocolError(f"unknown operation {operation!r}")
+                raise ProtocolError(f"unknown operation {operation!r:.40}")
             kind, answer = self._answers[operation]
-            return encode(answer(decode(body, kind)))
-        except (BudgetExceeded, LedgerError, ProtocolError, InvalidValue) as error:
+            message = decode(body, kind)
+            server_round = getattr(getattr(message, "plan", message), "server_round", None)
+            return encode(answer(message))
+        except (BudgetExceeded, LedgerError, PolicyRefused, ProtocolError, InvalidValue) as error:
             _LOG.error("site %s declines: %s", self.name, error)
+            self._guard.log(error, self._run_id, server_round)
             raise SiteFailed(self.name, "declined") from error
         except FedCollmError as error:
             _LOG.error("site %s: %s", self.name, error)
@@ -153,9 +181,11 @@ class Site:
         Raises:
             ProtocolError: the plan is not the pinned server's, of another run, adapter or roster, expired, replayed,
                 weaker than this site allows, or not what its privacy plan promises.
+            PolicyRefused: the site's policy says no.
             BudgetExceeded: the ledger would refuse the round's steps; no key material leaves.
         """
         plan = self._contributor.check(signed_plan)
+        self._guard.check_round(plan)
         adapter = (self._spec.digest, self._spec.dimension)
         if plan.run_id != self._run_id or (plan.spec_digest, plan.dimension) != adapter:
             raise ProtocolError("the round plan is for another run or another adapter")
@@ -186,10 +216,21 @@ class Site:
         with self._progress.stage("encrypt", f"{self.name}: encrypt and mask {plan.dimension:,} parameters"):
             manifest = self._contributor.upload(quantized, context)
         self._finished = True
+        if isinstance(self._budget, PrivateBudget) and self._open is not None and self._ran is not None:
+            self._budget.ledger.file.note_ran(self._open, self._ran)
         return manifest
+
+    def _take_up(self) -> None:
+        """What a crash left open: its round may have been summed, and is settled when the server says how it ended."""
+        if isinstance(self._budget, PrivateBudget):
+            ledger = self._budget.ledger
+            for reserved in open_reservations(ledger.entries(), self._run_id):
+                self._open, self._ran = reserved["digest"], ledger.file.noted_ran(reserved["digest"])
+                self._finished = self._ran is not None
 
     def _update(self, plan: RoundPlan) -> QuantizedUpdate:
         update = self._train(plan.server_round, plan.attempt)
+        self._ran = update.ran
         self._clipped_fraction = clipped_fraction(update, plan)
         return quantize(update, plan)
 
@@ -203,6 +244,7 @@ class Site:
                 round_plan=plan,
                 how=self._how,
             )
+        self._ran = noisy.ran
         return on_grid(noisy, plan)
 
     def _pay(self, server_round: int, attempt: int) -> Paid:
@@ -212,7 +254,7 @@ class Site:
         budget = self._budget
         independence = prove_records_independent(self._adapted, self._spec, self._tokens.pad_token_id)
         reservation = budget.ledger.reserve(run_id=self._run_id, plan=budget.plan, server_round=server_round)
-        self._open, self._finished, self._clipped_fraction = reservation.entry, False, 0.0
+        self._open, self._finished, self._ran, self._clipped_fraction = reservation.entry, False, None, 0.0
         self.observations.clear()
         seeded = budget.test_seed is not None
         purpose = f"{self.name} {server_round} {attempt}"
@@ -257,7 +299,7 @@ class Site:
             Where it stands now, float32 [D].
         """
         self._adapted.write(adapter)
-        self._train(server_round)
+        self._ran = self._train(server_round).ran
         self._finished = True
         self.settle(Receipt(plan_digest="", server_round=server_round, outcome="left_out"))
         return self._adapted.read()
@@ -275,12 +317,11 @@ class Site:
                 unit="none",
                 steps=0,
                 clipped_fraction=self._clipped_fraction,
-                ledger_head="",
             )
         ledger = self._budget.ledger
         if self._open is not None:
             outcome = receipt.outcome if self._finished else "failed"
-            ledger.settle(run_id=self._run_id, reservation=self._open, outcome=outcome)
+            ledger.settle(run_id=self._run_id, reservation=self._open, outcome=outcome, ran=self._ran)
             self._open = None
         spent = ledger.spent_in_run(self._run_id)
         private = self._budget.test_seed is None
@@ -293,5 +334,38 @@ class Site:
             unit=self._budget.plan.unit,
             steps=spent.steps,
             clipped_fraction=self._clipped_fraction,
-            ledger_head=ledger.head,
         )
+
+    def head(self, request: HeadRequest) -> SignedHead:
+        """The ledger's head, signed, with the proof that it extends what the server has counter-signed.
+
+        Raises:
+            ProtocolError: another run's, or this site has no ledger.
+            LedgerError: the server has seen more entries than there are.
+        """
+        return self._ledger(request.run_id).file.show_head(request, self._key)
+
+    def witness(self, head: WitnessedHead) -> WitnessedHead:
+        """Keep the head that the server has counter-signed; gives it back.
+
+        Raises:
+            ProtocolError: another run's, not signed by both, or this site has no ledger.
+            LedgerError: it is not this ledger's.
+        """
+        self._ledger(head.run_id).file.keep_head(head, self._guard.server)
+        return head
+
+    def endorse(self, offer: StatementOffer) -> Endorsement:
+        """Sign the run's privacy statement, if it says of this site what the ledger says.
+
+        Raises:
+            ProtocolError: it does not.
+        """
+        budget = self._budget
+        plan, ledger = (budget.plan, budget.ledger) if isinstance(budget, PrivateBudget) else (None, None)
+        return endorse(offer, key=self._key, run_id=self._run_id, plan=plan, ledger=ledger)
+
+    def _ledger(self, run_id: str) -> Ledger:
+        if run_id != self._run_id or isinstance(self._budget, NonPrivate):
+            raise ProtocolError("the ledger of another run is asked for, or of a site that has none")
+        return self._budget.ledger

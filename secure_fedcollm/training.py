@@ -10,10 +10,10 @@ import torch
 from fedcollm_privacy.clipping import PhysicalBatches, RecordLoss
 from fedcollm_privacy.dp_sgd import Observation, release_private_gradient, run_private_steps
 from fedcollm_privacy.independence import PROBES, Independence, prove_independence
-from fedcollm_privacy.ledger import Reservation
 from fedcollm_privacy.messages import AdapterSpec, NoisySum, PrivateUpdate, RoundPlan
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.reservation import Reservation
 from secure_fedcollm.losses import per_record_loss
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.tokenization import Batch, Example, TokenDataset, collate, physical_batches
@@ -128,7 +128,7 @@ def train_private(
         PrivacyViolation: see `run_private_steps`.
     """
     start = adapted.read(spec)
-    run_private_steps(
+    ran = run_private_steps(
         model=adapted.model,
         optimizer=torch.optim.Adam(adapted.train_only(spec), lr=how.learning_rate),
         plan=paid.plan,
@@ -141,7 +141,8 @@ def train_private(
         on_step=on_step,
         observe=paid.observe,
     )
-    return PrivateUpdate(vector=adapted.read(spec) - start, spec_digest=spec.digest, reservation=paid.reservation.entry)
+    vector = adapted.read(spec) - start
+    return PrivateUpdate(vector=vector, spec_digest=spec.digest, reservation=paid.reservation.entry, ran=ran)
 
 
 def release_gradient(

@@ -49,6 +49,11 @@ class Transcript:
         """Digest of the last line; 64 zeros at the start."""
         return self._head
 
+    @property
+    def events(self) -> int:
+        """How many lines there are."""
+        return self._seq
+
     def attempts(self, server_round: int) -> int:
         """How often a round was planned so far, crashes included."""
         return self._attempts[server_round]

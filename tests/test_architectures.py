@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from fedcollm_privacy.clipping import ClippedSum, clipped_sum
-from fedcollm_privacy.ledger import Ledger, Reservation
+from fedcollm_privacy.entries import Cap
+from fedcollm_privacy.identity import SigningKey
+from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import AdapterSpec
 from fedcollm_privacy.per_sample import clear_gradients, per_sample_gradients, trainable
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.reservation import Reservation
 from secure_fedcollm.config import DistillationConfig
 from secure_fedcollm.distillation import co_tune
 from secure_fedcollm.losses import per_record_loss
@@ -112,8 +115,11 @@ def _pieces(summed: ClippedSum, model: torch.nn.Module) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def paid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ledger, DpPlan]:
-    ledger, chosen = Ledger(tmp_path_factory.mktemp("ledger") / "site.sqlite", "site"), plan(rounds=20)
-    ledger.commit_plan(run_id="run", data_set="questions", plan=chosen, cap_epsilon=50.0, cap_delta=0.1)
+    ledger, chosen = (
+        Ledger(tmp_path_factory.mktemp("ledger") / "site.sqlite", SigningKey.generate("site")),
+        plan(rounds=20),
+    )
+    ledger.commit_plan(run_id="run", data_set="questions", plan=chosen, caps=(Cap(epsilon=50.0, delta=0.1),))
     return ledger, chosen
 
 
@@ -282,8 +288,8 @@ def test_real_checkpoints_take_a_private_step(shared_model: Callable[[str], Path
     )
     records = [Record(prompt="", target=f"Once upon a time {n} frogs sang.", site=None, unit=n) for n in "abcdefgh"]
     tokens = tokenize(records, adapted.tokenizer, max_length=32, append_eos=True)
-    ledger, chosen = Ledger(tmp_path / "site.sqlite", "site"), plan()
-    ledger.commit_plan(run_id="run", data_set="stories", plan=chosen, cap_epsilon=50.0, cap_delta=0.1)
+    ledger, chosen = Ledger(tmp_path / "site.sqlite", SigningKey.generate("site")), plan()
+    ledger.commit_plan(run_id="run", data_set="stories", plan=chosen, caps=(Cap(epsilon=50.0, delta=0.1),))
     update = train_private(
         adapted=adapted,
         spec=adapted.shared_spec("rebase"),

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fedcollm_privacy.entries import Cap
 from fedcollm_privacy.errors import ConfigError, DataError, FedCollmError, LedgerError, ModelError
+from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger import Ledger
+from fedcollm_privacy.ledger_file import LedgerFile
 from fedcollm_privacy.plan import calibrate
 from secure_fedcollm.cli import app, main
+from secure_fedcollm.models import base_digest_of
 
+from .site_policies import write_policies
 from .test_run import SMALL, write_notes
 
 RUNNER = CliRunner()
@@ -114,6 +119,7 @@ def test_quiet_says_nothing(
 ) -> None:
     monkeypatch.setenv("FEDCOLLM_HOME", str(tmp_path / "home"))
     notes = write_notes(tmp_path / "notes.jsonl", 3, 40)
+    write_policies(tmp_path / "home", ["s00", "s01", "s02"], notes, base_digest_of(pair[0].split("=")[1], "float32"))
     arguments = [f"data.path={notes}", "data.partition=column", "data.site_field=site", *pair, *SMALL]
     result = RUNNER.invoke(app, ["run", *arguments, "distillation.steps=1", f"output_dir={tmp_path}/out", "--quiet"])
     assert result.exception is None, result.output
@@ -135,8 +141,8 @@ def ledger(tmp_path: Path) -> Path:
         rounds=2,
         units=100,
     )
-    book = Ledger(path, "ward")
-    book.commit_plan(run_id="run", data_set="notes", plan=plan, cap_epsilon=10.0, cap_delta=1e-4)
+    book = Ledger(path, SigningKey.generate("ward"))
+    book.commit_plan(run_id="run", data_set="notes", plan=plan, caps=(Cap(epsilon=10.0, delta=1e-4),))
     book.reserve(run_id="run", plan=plan, server_round=1)
     return path
 
@@ -152,9 +158,9 @@ def test_a_ledger_can_be_shown_verified_and_exported(ledger: Path, tmp_path: Pat
 
 def test_an_altered_export_fails_verification(ledger: Path, tmp_path: Path) -> None:
     export = tmp_path / "ward.jsonl"
-    Ledger(ledger, "ward").export(export)
+    LedgerFile(ledger).export(export)
     entries = [json.loads(line) for line in export.read_text().splitlines()]
-    entries[0]["epsilon"] = 0.1
+    entries[1]["epsilon"] = 0.1
     export.write_text("".join(json.dumps(e) + "\n" for e in entries))
     assert RUNNER.invoke(app, ["ledger", "verify", str(export)]).exit_code == 1
 

@@ -57,6 +57,8 @@ def test_every_choice_of_every_group_composes_and_builds(group: str) -> None:
     assert choices
     for choice in choices:
         extra = PATHS[:1] if group == "data" and choice != "embedded" else []
+        if choice == "file":  # private unless told otherwise, and private records are not dealt out
+            extra = [*extra, "data.partition=column", "data.site_field=ward"]
         build(Config, compose_config([f"{group}={choice}", *extra]))
 
 
@@ -163,7 +165,9 @@ def test_a_typo_gets_the_nearest_field() -> None:
 
 
 def test_a_data_path_alone_means_a_file_of_ones_own() -> None:
-    config = build(Config, compose_config(PATHS))
+    with pytest.raises(ConfigError, match=r"data\.site_field=<column"):
+        build(Config, compose_config(PATHS))
+    config = build(Config, compose_config([*PATHS, "data.partition=column", "data.site_field=ward"]))
     assert config.data.task == "text"
     assert config.data.declared == "private"
 

@@ -20,6 +20,7 @@ from fedcollm_privacy.aggregator import Aggregator
 from fedcollm_privacy.ckks import PublicContext, parameters_for
 from fedcollm_privacy.clipping import ClippedSum
 from fedcollm_privacy.decryptor import Decryptor
+from fedcollm_privacy.entries import Cap
 from fedcollm_privacy.errors import ConfigError, InvalidValue, SiteFailed
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import NoisySum, RoundPlan, TrainRequest, vector_digest
@@ -31,7 +32,7 @@ from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.cli import compose_config
 from secure_fedcollm.config import Config
 from secure_fedcollm.folder import Checkpoint, RunFolder
-from secure_fedcollm.models import AdaptedModel
+from secure_fedcollm.models import AdaptedModel, base_digest_of
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.rounds import State
 from secure_fedcollm.run import run
@@ -43,6 +44,8 @@ from secure_fedcollm.training import LocalTraining
 from secure_fedcollm.transport import InProcessTransport
 
 from .secure_sums import Parties, round_plan
+from .site_policies import guard, write_policies
+from .test_run import predicate_of
 
 ALPHA = 1e-7
 HONEST = 2
@@ -80,9 +83,11 @@ def adapted(load_tiny: Callable[..., AdaptedModel]) -> AdaptedModel:
 @pytest.fixture
 def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Callable[..., Site]:
     def site(name: str, plan: DpPlan = PLAN) -> Site:
-        ledger = Ledger(tmp_path / f"{name}.sqlite", name)
-        ledger.commit_plan(run_id="run", data_set="notes", plan=plan, cap_epsilon=1e3, cap_delta=0.1)
+        ledger = Ledger(tmp_path / f"{name}.sqlite", PARTIES.sites[name])
+        ledger.commit_plan(run_id="run", data_set="notes", plan=plan, caps=(Cap(epsilon=1e3, delta=0.1),))
         return Site(
+            key=PARTIES.sites[name],
+            guard=guard(name, PARTIES.server.public, tmp_path, adapted.spec.base_model),
             contributor=PARTIES.contributor(name, tmp_path),
             run_id="run",
             adapted=adapted,
@@ -208,7 +213,7 @@ def test_a_round_that_is_not_what_the_sites_plan_promises_is_declined_at_no_cost
     with pytest.raises(SiteFailed) as failure:
         train(site, adapted, context, plan_for(adapted, context, **changes))
     assert failure.value.code == "declined"
-    assert [entry["kind"] for entry in Ledger(tmp_path / "north.sqlite", "north").entries()] == ["PLAN"]
+    assert [entry["kind"] for entry in Ledger(tmp_path / "north.sqlite", PARTIES.sites["north"]).entries()] == ["PLAN"]
 
 
 def test_a_site_that_sends_updates_declines_a_round_of_gradients(
@@ -329,6 +334,9 @@ def launch(
     ]
     notes.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    digest = base_digest_of(str(tiny_checkpoint("llama")), "float32")
+    write_policies(tmp_path / "home", [f"s{site}" for site in range(4)], notes, digest)
+
     def start(*overrides: str, declared: str = "private") -> dict[str, Any]:
         plain = compose_config(
             [
@@ -361,7 +369,7 @@ def test_every_output_of_a_run_states_what_distributed_noise_needs(
 ) -> None:
     summary = launch("privacy=distributed")
     out = tmp_path / "out"
-    statement = json.loads((out / "statement.json").read_text())
+    statement = predicate_of(out)
     assert "at least 2 honest sites" in summary["note"]
     assert "at least 2 honest sites" in statement["trust_model"]
     assert "opened sums" in statement["claim"]
@@ -398,7 +406,7 @@ def test_clipping_and_signal_are_told_where_records_are_public(
 
 def test_local_noise_may_release_gradients_too(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     summary = launch("privacy=distributed", "privacy.noise=local")
-    statement = json.loads((tmp_path / "out" / "statement.json").read_text())
+    statement = predicate_of(tmp_path / "out")
     for site, row in summary["sites"].items():
         views = statement["sites"][site]["views"]
         assert views["one_update_seen"] == row["epsilon"] <= 8.0
@@ -416,11 +424,11 @@ def test_a_seeded_run_repeats_itself_and_says_not_private_everywhere(
     assert one["private"] is False
     assert "NOT PRIVATE" in one["note"]
     assert all(row["epsilon"] is None for row in one["sites"].values())
-    assert "NOT PRIVATE" in json.loads((out / "statement.json").read_text())["claim"]
+    assert "NOT PRIVATE" in predicate_of(out)["claim"]
     assert "NOT PRIVATE" in (out / "report.html").read_text()
     assert "NOT PRIVATE" in (out / "llm_adapter" / "README.md").read_text()
     entries = [json.loads(line) for line in (out / "ledgers" / "s0.jsonl").read_text().splitlines()]
-    assert entries[0]["plan"]["randomness"] == "insecure_test_seed"
+    assert entries[1]["plan"]["randomness"] == "insecure_test_seed"
     out.rename(tmp_path / "first")
     two = launch(*seeded, declared="synthetic")
     assert (one["slm"], one["llm"]) == (two["slm"], two["llm"])
@@ -453,5 +461,5 @@ def test_settings_that_do_not_go_together_are_refused_by_name(
 
 def test_automatic_clipping_runs_end_to_end(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     launch("privacy.clipping=automatic", "federation.local_steps=2")
-    statement = json.loads((tmp_path / "out" / "statement.json").read_text())
+    statement = predicate_of(tmp_path / "out")
     assert {site["plan"]["clipping"] for site in statement["sites"].values()} == {"automatic"}

@@ -29,11 +29,11 @@ from fedcollm_privacy.clipping import clipped_sum as shipped_clipped_sum
 from fedcollm_privacy.dp_sgd import noisy_sum, release_private_gradient, run_private_steps
 from fedcollm_privacy.errors import PrivacyViolation, ProtocolError
 from fedcollm_privacy.independence import Independence
-from fedcollm_privacy.ledger import Reservation
 from fedcollm_privacy.messages import DpTerms, NoisySum, RoundPlan
 from fedcollm_privacy.per_sample import per_sample_gradients
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.reservation import Reservation
 from secure_fedcollm.losses import per_record_loss
 from secure_fedcollm.tokenization import Example, collate
 

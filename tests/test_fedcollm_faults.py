@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fedcollm_privacy.aggregator import Aggregator
 from fedcollm_privacy.decryptor import Decryptor
+from fedcollm_privacy.entries import Cap
+from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import TrainRequest
 from fedcollm_privacy.plan import DpPlan
@@ -52,6 +54,7 @@ from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import InProcessTransport
 
 from .secure_sums import NOW, Parties
+from .site_policies import guard
 
 LoadTiny = Callable[..., AdaptedModel]
 Vector = np.ndarray[Any, np.dtype[np.float32]]
@@ -79,6 +82,7 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
             task="text",
             declared="public",
             path=None,
+            policy_dir=None,
             public_path=None,
             public_fraction=0.0,
             split="train",
@@ -184,6 +188,8 @@ def laboratory(
             first += size
             sites.append(
                 Site(
+                    key=parties.sites[name],
+                    guard=guard(name, parties.server.public, tmp_path / str(made), slm.spec.base_model),
                     contributor=parties.contributor(name, tmp_path / str(made)),
                     run_id="run",
                     adapted=load_tiny("llama"),
@@ -231,6 +237,7 @@ def laboratory(
             ),
             transcript=transcript,
             keep=lambda opened: None,
+            heads=None,
             sites=tuple(sites),
         )
         return Laboratory(
@@ -613,9 +620,9 @@ def test_14_a_private_round_charges_every_ledger_and_moves_both_models(
         rounds=2,
         delta=1e-3,
     )
-    ledgers = {name: Ledger(tmp_path / f"{name}.sqlite", name) for name in SIZES}
+    ledgers = {name: Ledger(tmp_path / f"{name}.sqlite", SigningKey.generate(name)) for name in SIZES}
     for name, ledger in ledgers.items():
-        ledger.commit_plan(run_id="run", data_set=name, plan=plan, cap_epsilon=20.0, cap_delta=0.1)
+        ledger.commit_plan(run_id="run", data_set=name, plan=plan, caps=(Cap(epsilon=20.0, delta=0.1),))
     lab = laboratory(budget=lambda name: PrivateBudget(plan=plan, ledger=ledgers[name]))
     outcome = run_round(lab.federation, lab.start, 1, 1, BITS)
     assert outcome.outcome == "opened", outcome.reason

@@ -61,6 +61,8 @@ from fedcollm_privacy.secure_sum_messages import (
     verify,
     verify_plan,
 )
+from fedcollm_privacy.statement_messages import Endorsement, StatementOffer
+from fedcollm_privacy.tree_heads import HeadRequest, SignedHead, WitnessedHead
 from fedcollm_privacy.wire import decode, encode
 from tests.secure_sums import Parties, Round, digest, random_grids, round_plan
 
@@ -638,7 +640,21 @@ DP = DpTerms(
     noise="local",
 )
 NAMED = {"plan_digest": HEX, "site": "s00"}
+HEAD: dict[str, Any] = {
+    "ledger": HEX,
+    "site": "s00",
+    "run_id": "run",
+    "server_round": 1,
+    "tree_size": 3,
+    "tree_root": HEX,
+    "signature": bytes(64),
+}
 MESSAGES: tuple[Any, ...] = (
+    HeadRequest(run_id="run", server_round=1, tree_size=2),
+    SignedHead(**HEAD, consistency=(bytes(32), bytes(32))),
+    WitnessedHead(**HEAD, witness=bytes(64)),
+    StatementOffer(run_id="run", payload=b'{"predicate":{}}'),
+    Endorsement(site="s00", statement=HEX, signature=bytes(64)),
     TrainRequest(plan_digest=HEX, adapter=np.arange(3, dtype=np.float32), public_key=b"key"),
     Receipt(plan_digest=HEX, server_round=1, outcome="included"),
     Settlement(
@@ -650,7 +666,6 @@ MESSAGES: tuple[Any, ...] = (
         unit="record",
         steps=3,
         clipped_fraction=0.25,
-        ledger_head=HEX,
     ),
     AdapterSpec(names=("a", "b"), shapes=((2, 3), (4,)), base_model=HEX),
     sign_plan(PLAN, PARTIES.server),
@@ -735,9 +750,19 @@ def resealed(body: bytes) -> bytes:
     return sealed + hashlib.sha256(sealed).digest()
 
 
+def spelled(header: Any) -> bytes:
+    """As a sender would spell it, or in Python's way where there is no such spelling: integers beyond all floats."""
+    try:
+        return canonical_json(header)
+    except ValueError:
+        return json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
+            errors="surrogatepass"
+        )
+
+
 def with_header(data: bytes, header: Any) -> bytes:
     length = int.from_bytes(data[PREFIX.size : PREFIX.size + 4], "little")
-    raw = canonical_json(header) if not isinstance(header, bytes) else header
+    raw = spelled(header) if not isinstance(header, bytes) else header
     rest = data[PREFIX.size + 4 + length : -32]
     return resealed(data[: PREFIX.size] + len(raw).to_bytes(4, "little") + raw + rest)
 

@@ -20,18 +20,11 @@ import yaml
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedcollm_audits.leakage import (
-    Interval,
-    Leakage,
-    auc_interval,
-    compare,
-    infer_membership,
-    load_released,
-    measure,
-    secrets_p_value,
-    tpr_interval,
-)
+from fedcollm_audits.leakage import Leakage, compare, load_released, measure, secrets_p_value
+from fedcollm_audits.membership import Interval, auc_interval, infer_membership, tpr_interval
+from fedcollm_privacy.entries import Cap
 from fedcollm_privacy.errors import InvalidValue
+from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.plan import calibrate
 from fedcollm_privacy.randomness import SecureRandom
@@ -240,8 +233,8 @@ def private(load_tiny: Callable[..., Any], data: FederationData, tmp_path_factor
         rounds=1,
         units=len(records_of_units(tokens)),
     )
-    ledger = Ledger(tmp_path_factory.mktemp("ledger") / "a.sqlite", "a")
-    ledger.commit_plan(run_id="r", data_set="d", plan=plan, cap_epsilon=1.01, cap_delta=1e-4)
+    ledger = Ledger(tmp_path_factory.mktemp("ledger") / "a.sqlite", SigningKey.generate("a"))
+    ledger.commit_plan(run_id="r", data_set="d", plan=plan, caps=(Cap(epsilon=1.01, delta=1e-4),))
     paid = Paid(
         plan=plan,
         reservation=ledger.reserve(run_id="r", plan=plan, server_round=1),

@@ -1,22 +1,17 @@
-"""The ledger: the cap holds at every moment, whatever crashes or races, and an altered file is found."""
+"""The ledger: every cap holds at every moment, whatever crashes or races, and nothing is forgotten."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
-import re
-import signal
-import sqlite3
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -30,51 +25,32 @@ from hypothesis import strategies as st
 
 from fedcollm_privacy import cross_checks
 from fedcollm_privacy.accounting import Steps, epsilon_of
-from fedcollm_privacy.adaptive import AdaptivePlan, RdpFilter
+from fedcollm_privacy.adaptive import RdpFilter
+from fedcollm_privacy.entries import charges, entry_time, open_reservations, verify_chain
 from fedcollm_privacy.errors import BudgetExceeded, FedCollmError, InvalidValue, LedgerError, PrivacyViolation
-from fedcollm_privacy.ledger import Ledger, Reservation, verify_chain
-from fedcollm_privacy.messages import canonical_json
-from fedcollm_privacy.plan import DpPlan, calibrate
+from fedcollm_privacy.ledger import Cap
+from fedcollm_privacy.ledger_file import LedgerFile
+from fedcollm_privacy.plan import DpPlan
+from fedcollm_privacy.reservation import Ran, Reservation
 
-PLAN = DpPlan(
-    unit="record",
-    max_records_per_unit=1,
-    max_grad_norm=1.0,
-    noise_multiplier=2.0,
-    sample_rate=Fraction(1, 10),
-    expected_batch_size=10,
-    steps_per_round=2,
-    rounds=3,
-    delta=1e-5,
+from .ledgers import (
+    ADAPTIVE,
+    DAY,
+    NOISIER,
+    PLAN,
+    RAN,
+    Clock,
+    commit,
+    filled,
+    kinds,
+    ledger_at,
+    reserve,
+    reserve_adaptive,
+    settle,
+    upto,
 )
-NOISIER = dataclasses.replace(PLAN, noise_multiplier=4.0)
+
 COST = PLAN.epsilon(6)
-ADAPTIVE = AdaptivePlan(order=9.0, target_epsilon=2.0, delta=1e-5, unit="record")
-
-
-def ledger_at(folder: Path, site: str = "north") -> Ledger:
-    return Ledger(folder / "ledgers" / f"{site}.sqlite", site)
-
-
-def commit(
-    ledger: Ledger, run_id: str, plan: DpPlan | AdaptivePlan = PLAN, *, cap: float = 100.0, **changes: Any
-) -> str:
-    fields: dict[str, Any] = {"data_set": "notes", "cap_epsilon": cap, "cap_delta": 1e-3}
-    return ledger.commit_plan(run_id=run_id, plan=plan, **(fields | changes))
-
-
-def reserve(ledger: Ledger, run_id: str, server_round: int = 1, plan: DpPlan = PLAN) -> Reservation:
-    return ledger.reserve(run_id=run_id, plan=plan, server_round=server_round)
-
-
-def reserve_adaptive(
-    ledger: Ledger, run_id: str, round_plan: DpPlan = PLAN, server_round: int = 1, plan: AdaptivePlan = ADAPTIVE
-) -> Reservation:
-    return ledger.reserve_adaptive(run_id=run_id, plan=plan, round_plan=round_plan, server_round=server_round)
-
-
-def kinds(ledger: Ledger) -> list[str]:
-    return [entry["kind"] for entry in ledger.entries()]
 
 
 # ---------------------------------------------------------------- order and charges
@@ -91,7 +67,7 @@ def test_a_run_is_charged_its_whole_plan_before_anything_is_trained(tmp_path: Pa
     for number in (1, 2, 3):
         reservation = reserve(ledger, "run-1", number)
         assert (reservation.steps, reservation.plan_digest) == (2, PLAN.digest)
-        ledger.settle(run_id="run-1", reservation=reservation.entry, outcome="included")
+        settle(ledger, "run-1", reservation)
         assert ledger.spent_in_run("run-1").steps == 2 * number
         assert ledger.spent_on("notes").epsilon == COST
     assert kinds(ledger) == ["PLAN", *["RESERVE", "SETTLE"] * 3]
@@ -138,8 +114,8 @@ def test_no_outcome_gives_anything_back(tmp_path: Path, outcome: str) -> None:
 
 
 def test_a_resumed_run_finds_its_plan_and_pays_once(tmp_path: Path) -> None:
-    first = commit(ledger_at(tmp_path), "run-1", cap=COST)
-    assert commit(ledger_at(tmp_path), "run-1", cap=COST) == first
+    first = commit(ledger_at(tmp_path), "run-1", caps=upto(COST))
+    assert commit(ledger_at(tmp_path), "run-1", caps=upto(COST)) == first
     ledger = ledger_at(tmp_path)
     assert kinds(ledger) == ["PLAN"]
     assert ledger.spent_on("notes").epsilon == COST
@@ -161,36 +137,36 @@ def test_a_run_has_one_plan_and_one_data_set(tmp_path: Path) -> None:
 def test_runs_on_one_data_set_add_up_to_its_cap_and_no_further(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
     cap = 2.5 * COST
-    commit(ledger, "run-1", cap=cap)
-    commit(ledger, "run-2", cap=cap)
+    commit(ledger, "run-1", caps=upto(cap))
+    commit(ledger, "run-2", caps=upto(cap))
     with pytest.raises(BudgetExceeded, match=r"Nothing was spent.*cap_epsilon"):
-        commit(ledger, "run-3", cap=cap)
+        commit(ledger, "run-3", caps=upto(cap))
     assert kinds(ledger) == ["PLAN", "PLAN"]
     assert ledger.spent_on("notes").epsilon == pytest.approx(2 * COST)
     # A cheaper plan still fits, and another data set has its own cap.
-    commit(ledger, "run-4", NOISIER, cap=cap)
-    commit(ledger, "run-5", data_set="letters", cap=cap)
+    commit(ledger, "run-4", NOISIER, caps=upto(cap))
+    commit(ledger, "run-5", data_set="letters", caps=upto(cap))
     assert ledger.spent_on("letters").epsilon == COST
 
 
 def test_a_cap_that_is_met_exactly_is_kept(tmp_path: Path) -> None:
-    commit(ledger_at(tmp_path), "run-1", cap=COST)
+    commit(ledger_at(tmp_path), "run-1", caps=upto(COST))
     with pytest.raises(BudgetExceeded):
-        commit(ledger_at(tmp_path, "south"), "run-1", cap=COST * (1 - 1e-9))
+        commit(ledger_at(tmp_path, "south"), "run-1", caps=upto(COST * (1 - 1e-9)))
 
 
 def test_deltas_add_up_to_their_own_cap(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
     for number in range(3):
-        commit(ledger, f"run-{number}", cap_delta=3.5e-5)
+        commit(ledger, f"run-{number}", caps=upto(100.0, delta=3.5e-5))
     with pytest.raises(BudgetExceeded, match="delta 4e-05"):
-        commit(ledger, "run-3", cap_delta=3.5e-5)
+        commit(ledger, "run-3", caps=upto(100.0, delta=3.5e-5))
     assert ledger.spent_on("notes").delta == pytest.approx(3e-5)
 
 
 def test_steps_beyond_the_plan_raise_the_charge_to_that_of_all_steps(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    commit(ledger, "run-1", cap=PLAN.epsilon(8))
+    commit(ledger, "run-1", caps=upto(PLAN.epsilon(8)))
     for number in (1, 2, 3):
         reserve(ledger, "run-1", number)
     assert ledger.spent_on("notes").epsilon == COST
@@ -205,7 +181,7 @@ def test_steps_beyond_the_plan_raise_the_charge_to_that_of_all_steps(tmp_path: P
 
 def test_a_cap_that_the_plan_fills_allows_no_extra_step(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    commit(ledger, "run-1", cap=COST)
+    commit(ledger, "run-1", caps=upto(COST))
     for number in (1, 2, 3):
         reserve(ledger, "run-1", number)
     with pytest.raises(BudgetExceeded):
@@ -217,13 +193,141 @@ def test_extra_steps_count_what_other_runs_took_meanwhile(tmp_path: Path) -> Non
     ledger = ledger_at(tmp_path)
     cap = PLAN.epsilon(8) + NOISIER.epsilon(6) + 1e-9
     assert PLAN.epsilon(10) < cap, "alone, run-1 could take both"
-    commit(ledger, "run-1", cap=cap)
+    commit(ledger, "run-1", caps=upto(cap))
     for number in (1, 2, 3):
         reserve(ledger, "run-1", number)
-    commit(ledger, "run-2", NOISIER, cap=cap)
+    commit(ledger, "run-2", NOISIER, caps=upto(cap))
     reserve(ledger, "run-1", 3)
     with pytest.raises(BudgetExceeded):
         reserve(ledger, "run-1", 3)
+
+
+def test_every_one_of_several_caps_is_kept(tmp_path: Path) -> None:
+    tight, wide, few = upto(1.5 * COST), upto(10 * COST), upto(100.0, delta=1.5e-5)
+    for number, caps in enumerate(
+        (tight + wide, wide + tight, wide + few, few + wide, wide + upto(1.5 * COST, days=1))
+    ):
+        ledger = ledger_at(tmp_path / str(number))
+        commit(ledger, "run-1", caps=caps)
+        with pytest.raises(BudgetExceeded):
+            commit(ledger, "run-2", caps=caps)
+        assert kinds(ledger) == ["PLAN"]
+        assert ledger.entries()[0]["caps"] == [dataclasses.asdict(cap) for cap in caps]
+
+
+def test_a_cap_over_days_forgets_a_run_when_they_are_over_and_no_second_earlier(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = ledger_at(tmp_path, clock=clock)
+    caps = upto(1.5 * COST, days=30) + upto(2.5 * COST)
+    commit(ledger, "run-1", caps=caps)
+    clock.now += 30 * DAY
+    with pytest.raises(BudgetExceeded, match=r"in 30 days"):
+        commit(ledger, "run-2", caps=caps)
+    clock.now += 1
+    commit(ledger, "run-2", caps=caps)
+    assert ledger.spent_on("notes").epsilon == pytest.approx(2 * COST), "what is shown as spent is for ever"
+    clock.now += 1000 * DAY
+    with pytest.raises(BudgetExceeded):
+        commit(ledger, "run-3", caps=caps)  # the cap without days never forgets
+
+
+def test_a_run_that_still_reserves_stays_in_the_last_days(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = ledger_at(tmp_path, clock=clock)
+    caps = upto(1.5 * COST, days=30)
+    commit(ledger, "run-1", caps=caps)
+    for _ in range(3):
+        clock.now += 20 * DAY
+        reserve(ledger, "run-1")
+        with pytest.raises(BudgetExceeded):
+            commit(ledger, "run-2", caps=caps)
+
+
+def test_a_clock_that_goes_backwards_makes_no_room(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = ledger_at(tmp_path, clock=clock)
+    caps = upto(1.5 * COST, days=30)
+    commit(ledger, "run-1", caps=caps)
+    for back in (1.0, 31 * DAY, 3000 * DAY):
+        clock.now = 1_800_000_000.0 - back
+        with pytest.raises(BudgetExceeded):
+            commit(ledger, "run-2", caps=caps)
+        reserve(ledger, "run-1")
+    times = [datetime.fromisoformat(entry["time"]) for entry in ledger.entries()]
+    assert times == sorted(times)
+    assert times[-1] == datetime.fromtimestamp(1_800_000_000, UTC)
+    last = ledger.entries()[-1]
+    assert entry_time(1_900_000_000.9, last) == datetime.fromtimestamp(1_900_000_000, UTC), "whole seconds"
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_run_that_rested_while_others_used_up_its_days_must_wait(tmp_path: Path, adaptive: bool) -> None:
+    clock = Clock()
+    ledger = ledger_at(tmp_path, clock=clock)
+    plan = ADAPTIVE if adaptive else PLAN
+    caps = upto((ADAPTIVE.target_epsilon if adaptive else COST) + COST / 2, days=30)
+    light = dataclasses.replace(PLAN, noise_multiplier=50.0)
+
+    def spend() -> Reservation:
+        return reserve_adaptive(ledger, "run-1", light) if adaptive else reserve(ledger, "run-1")
+
+    commit(ledger, "run-1", plan, caps=caps)
+    open_one = spend()
+    clock.now += 31 * DAY
+    commit(ledger, "run-2", caps=caps)
+    before = ledger.entries()
+    with pytest.raises(BudgetExceeded, match="30 days"):
+        spend()
+    if not adaptive:
+        with pytest.raises(BudgetExceeded, match="30 days"):
+            ledger.admit(run_id="run-1", plan=PLAN)
+    assert ledger.entries() == before
+    # What was reserved long ago can be closed at any time, and is no new use of the data.
+    settle(ledger, "run-1", open_one, "lost")
+    assert set(charges(ledger.entries(), ledger.file.commitment("notes"), datetime.fromtimestamp(clock.now, UTC))) == {
+        "run-2"
+    }
+    clock.now += 31 * DAY
+    spend()
+
+
+def test_steps_beyond_the_plan_keep_the_caps_that_the_owner_set_last(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1", caps=upto(100.0))
+    for number in (1, 2, 3):
+        reserve(ledger, "run-1", number)
+    commit(ledger, "run-2", NOISIER, caps=upto(COST + NOISIER.epsilon(6) + 1e-9))
+    with pytest.raises(BudgetExceeded):
+        reserve(ledger, "run-1", 3)
+    assert ledger.spent_in_run("run-1").steps == 6
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), True, "8"])
+@pytest.mark.parametrize("field", ["epsilon", "delta", "days"])
+def test_a_cap_is_of_positive_numbers(field: str, value: Any) -> None:
+    with pytest.raises(InvalidValue, match=field):
+        Cap(**{"epsilon": 1.0, "delta": 1e-5, "days": 1, field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("delta", 1.5), ("days", 1.0), ("days", 0), ("days", 36_501)])
+def test_a_cap_is_in_range(field: str, value: Any) -> None:
+    with pytest.raises(InvalidValue, match=field):
+        Cap(**{"epsilon": 1.0, "delta": 1e-5, field: value})
+
+
+def test_a_data_set_without_any_cap_is_not_spent(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    with pytest.raises(InvalidValue, match="caps"):
+        commit(ledger, "run-1", caps=())
+    for policy in ("ab", "A" * 64, "policy.yaml"):
+        with pytest.raises(InvalidValue, match="policy"):
+            commit(ledger, "run-1", policy=policy)
+    assert ledger.entries() == []
+    commit(ledger, "run-1", policy="ab" * 32)
+    assert ledger.entries()[0]["policy"] == "ab" * 32
+
+
+# ---------------------------------------------------------------- whole histories
 
 
 @cache
@@ -235,69 +339,193 @@ def independent_epsilon(plan: DpPlan, steps: int) -> float:
     return float(accountant.compose(step, steps).get_epsilon(plan.delta))
 
 
-ACTIONS = st.one_of(
-    st.tuples(st.just("commit"), st.integers(0, 3), st.booleans()),
-    st.tuples(st.just("reserve"), st.integers(0, 3), st.booleans()),
-    st.tuples(st.just("settle"), st.integers(0, 5), st.booleans()),
-    st.tuples(st.just("reopen"), st.just(0), st.just(False)),
+NAMES = ("notes", "letters")
+OPERATIONS = st.one_of(
+    st.tuples(st.just("commit"), st.integers(0, 4), st.integers(0, 1)),
+    st.tuples(st.just("reserve"), st.integers(0, 4), st.just(0)),
+    st.tuples(st.just("settle"), st.integers(0, 5), st.just(0)),
+    st.tuples(st.just("abort"), st.integers(0, 4), st.just(0)),
+    st.tuples(st.just("clock"), st.integers(-3, 6), st.just(0)),
+    st.tuples(st.just("reopen"), st.just(0), st.just(0)),
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(actions=st.lists(ACTIONS, min_size=5, max_size=25), cap=st.floats(0.2 * COST, 4 * COST))
-def test_the_cap_holds_at_every_prefix_whatever_is_done(
-    tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[str, int, bool]], cap: float
+def plan_of(run: int) -> DpPlan:
+    return NOISIER if run % 2 else PLAN
+
+
+class Restated:
+    """What a data set's runs cost, as a list of events that is added up from the beginning each time."""
+
+    def __init__(self) -> None:
+        self.uses: list[tuple[datetime, str, str, int]] = []  # when, data set, run, steps reserved by it
+        self.refunded: set[str] = set()
+
+    def within(self, caps: tuple[Cap, ...], data_set: str, now: datetime, cost: Callable[[str, int], float]) -> bool:
+        for cap in caps:
+            first = datetime.min.replace(tzinfo=UTC) if cap.days is None else now - timedelta(days=cap.days)
+            runs = {run for when, name, run, _ in self.uses if name == data_set and when >= first}
+            steps = {run: sum(n for _, _, r, n in self.uses if r == run) for run in runs - self.refunded}
+            if sum(cost(run, n) for run, n in steps.items()) > cap.epsilon + 1e-9:
+                return False
+            if 1e-5 * len(steps) > cap.delta * (1 + 1e-9):
+                return False
+        return True
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    operations=st.lists(OPERATIONS, min_size=6, max_size=22),
+    ever=st.floats(0.5 * COST, 4 * COST),
+    lately=st.floats(0.3 * COST, 2.5 * COST),
+    delta=st.sampled_from([1e-3, 3.5e-5]),
+)
+def test_in_any_history_all_caps_hold_at_every_prefix_and_refuse_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory,
+    operations: list[tuple[str, int, int]],
+    ever: float,
+    lately: float,
+    delta: float,
 ) -> None:
-    folder = tmp_path_factory.mktemp("ledger")
-    ledger = ledger_at(folder)
-    reservations: list[tuple[str, str]] = []
-    for action, number, noisier in actions:
-        plan = NOISIER if noisier else PLAN
-        run_id = f"run-{number}"
+    folder, clock = tmp_path_factory.mktemp("ledger"), Clock()
+    ledger = ledger_at(folder, clock=clock)
+    caps = upto(ever, delta) + upto(lately, delta, days=4)
+    told, plans, given_up = Restated(), dict[int, str](), set[int]()
+    reservations: list[tuple[int, str]] = []
+    for operation, number, choice in operations:
+        run_id, plan = f"run-{number}", plan_of(number)
         before = ledger.entries()
+        last = datetime.fromisoformat(before[-1]["time"]) if before else datetime.min.replace(tzinfo=UTC)
+        now = max(last, datetime.fromtimestamp(clock.now, UTC))
+        name = plans.get(number, NAMES[choice])
+        use = (now, name, run_id, 2 if operation == "reserve" else 0)
+        told.uses.append(use)
+        fits = told.within(caps, name, now, lambda run, n: plan_of(int(run[-1])).epsilon(max(6, n)))
+        told.uses.pop()
+        used = False
         try:
-            if action == "commit":
-                commit(ledger, run_id, plan, cap=cap)
-            elif action == "reserve":
-                reservations.append((run_id, reserve(ledger, run_id, plan=plan).entry))
-            elif action == "settle" and number < len(reservations):
-                settled_run, entry = reservations[number]
-                ledger.settle(run_id=settled_run, reservation=entry, outcome="included")
-            elif action == "reopen":
-                ledger = ledger_at(folder)
-        except (BudgetExceeded, LedgerError):
-            assert ledger.entries() == before, "a refusal must write nothing"
-    entries = ledger.entries()
-    assert verify_chain(entries) == []
-    # Recomputed from the entries alone, by an accountant of the test's own.
+            if operation == "commit":
+                expected = "given up" if number in given_up else "" if number in plans or fits else "over"
+                used = number not in plans
+                commit(ledger, run_id, plan, data_set=name, caps=caps)
+                plans[number] = name
+            elif operation == "reserve":
+                known = number in plans and number not in given_up
+                expected, used = ("" if fits else "over") if known else "not known", True
+                reservations.append((number, reserve(ledger, run_id, plan=plan).entry))
+            elif operation == "settle" and number < len(reservations):
+                run, entry = reservations[number]
+                still_open = any(e["digest"] == entry for e in open_reservations(before, f"run-{run}"))
+                expected = "" if still_open else "closed"
+                ledger.settle(run_id=f"run-{run}", reservation=entry, outcome="included", ran=RAN)
+            elif operation == "abort":
+                expected = "" if number in plans and number not in given_up else "not known"
+                ledger.abort(run_id)
+                given_up.add(number)
+                told.refunded |= set() if any(n and r == run_id for _, _, r, n in told.uses) else {run_id}
+            else:
+                expected = ""
+                clock.now += DAY * number if operation == "clock" else 0
+                ledger = ledger_at(folder, clock=clock) if operation == "reopen" else ledger
+            found = ""
+        except BudgetExceeded:
+            found, used = "over", False
+        except LedgerError:
+            found, used = expected or "an error", False
+        assert found == expected
+        told.uses += [use] if used else []
+        assert found == "" or ledger.entries() == before, "a refusal must write nothing"
+    ledger.file.export(folder / "export.jsonl")
+    lines = [json.loads(line) for line in (folder / "export.jsonl").read_text().splitlines()]
+    kept_at_every_prefix([line for line in lines if line["kind"] not in ("LEDGER", "HEAD")], caps)
+
+
+def kept_at_every_prefix(entries: list[dict[str, Any]], caps: tuple[Cap, ...]) -> None:
+    """Recomputed from the entries alone, by an accountant of the test's own."""
     plans: dict[str, DpPlan] = {}
-    reserved: dict[str, int] = defaultdict(int)
+    told = Restated()
     for entry in entries:
+        now = datetime.fromisoformat(entry["time"])
         if entry["kind"] == "PLAN":
             plans[entry["run_id"]] = PLAN if entry["plan_digest"] == PLAN.digest else NOISIER
-        if entry["kind"] == "RESERVE":
-            reserved[entry["run_id"]] += entry["steps"]
-        total = sum(independent_epsilon(plan, max(6, reserved[run_id])) for run_id, plan in plans.items())
-        assert total <= cap * (1 + 1e-9)
-    final = sum(independent_epsilon(plan, max(6, reserved[run_id])) for run_id, plan in plans.items())
-    assert ledger.spent_on("notes").epsilon == pytest.approx(final)
-    assert ledger.spent_on("notes").steps == sum(reserved.values())
+        if entry["kind"] in ("PLAN", "RESERVE"):
+            steps = entry["steps"] if entry["kind"] == "RESERVE" else 0
+            told.uses.append((now, entry["data_set"], entry["run_id"], steps))
+        if entry["kind"] == "ABORT" and not any(n and run == entry["run_id"] for _, _, run, n in told.uses):
+            told.refunded.add(entry["run_id"])
+        for name in {entry["data_set"] for entry in entries}:
+            assert told.within(caps, name, now, lambda run, n: independent_epsilon(plans[run], max(6, n)))
 
 
-# ---------------------------------------------------------------- races and crashes
+def test_the_recomputation_finds_a_cap_that_was_crossed(tmp_path: Path) -> None:
+    clock = Clock()
+    ledger = ledger_at(tmp_path, clock=clock)
+    commit(ledger, "run-1")
+    clock.now += 5 * DAY
+    commit(ledger, "run-2")
+    kept_at_every_prefix(ledger.entries(), upto(2.1 * COST) + upto(1.1 * COST, days=4))
+    with pytest.raises(AssertionError):
+        kept_at_every_prefix(ledger.entries(), upto(1.9 * COST))
+    reserve(ledger, "run-1")
+    with pytest.raises(AssertionError):
+        kept_at_every_prefix(ledger.entries(), upto(1.1 * COST, days=4))
+
+
+@settings(max_examples=150)
+@given(
+    written=st.lists(
+        st.tuples(
+            st.sampled_from(["PLAN", "RESERVE", "SETTLE", "ABORT", "STATEMENT"]),
+            st.integers(0, 3),
+            st.integers(0, 1),
+            st.floats(0, 9),
+            st.integers(0, 400),
+        ),
+        max_size=14,
+    ),
+    since=st.integers(0, 450),
+)
+def test_charges_are_the_latest_of_the_runs_that_used_the_data_lately(
+    written: list[tuple[str, int, int, float, int]], since: int
+) -> None:
+    start = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    entries = [
+        {
+            "kind": kind,
+            "run_id": f"run-{run}",
+            "data_set": str(data_set),
+            "time": (start + timedelta(hours=hour)).isoformat(),
+            **({"epsilon": epsilon, "delta": 1e-5} if kind != "SETTLE" else {}),
+        }
+        for kind, run, data_set, epsilon, hour in sorted(written, key=lambda each: each[4])
+    ]
+    for limit in (None, start + timedelta(hours=since)):
+        found = charges(entries, "0", limit)
+        for run in (f"run-{number}" for number in range(4)):
+            own = [e for e in entries if e["run_id"] == run and e["data_set"] == "0"]
+            costs = [e["epsilon"] for e in own if e["kind"] in ("PLAN", "RESERVE", "ABORT")]
+            uses = [e for e in own if e["kind"] in ("PLAN", "RESERVE")]
+            lately = [e for e in uses if limit is None or datetime.fromisoformat(str(e["time"])) >= limit]
+            if lately:
+                assert found[run].epsilon == costs[-1]
+            elif uses or not costs:
+                assert run not in found
+
+
+# ---------------------------------------------------------------- races within a process
 
 
 @pytest.fixture
 def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has read the budget dawdles before writing, so that attempts really overlap."""
-    real = Ledger._read
+    real = LedgerFile.read
 
-    def dawdling(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    def dawdling(db: Any) -> list[dict[str, Any]]:
         entries = real(db)
         time.sleep(0.02)
         return entries
 
-    monkeypatch.setattr(Ledger, "_read", staticmethod(dawdling))
+    monkeypatch.setattr(LedgerFile, "read", staticmethod(dawdling))
 
 
 def race(attempts: list[Callable[[], object]]) -> list[BaseException | None]:
@@ -322,7 +550,7 @@ def race(attempts: list[Callable[[], object]]) -> list[BaseException | None]:
 @pytest.mark.usefixtures("slow_reading")
 def test_of_eight_runs_racing_for_the_last_budget_one_wins(tmp_path: Path) -> None:
     ledgers = [ledger_at(tmp_path) for _ in range(8)]
-    results = race([lambda i=i: commit(ledgers[i], f"run-{i}", cap=1.5 * COST) for i in range(8)])  # type: ignore[misc]
+    results = race([lambda i=i: commit(ledgers[i], f"run-{i}", caps=upto(1.5 * COST)) for i in range(8)])  # type: ignore[misc]
     assert results.count(None) == 1
     assert all(isinstance(error, BudgetExceeded) for error in results if error is not None)
     assert kinds(ledger_at(tmp_path)) == ["PLAN"]
@@ -331,7 +559,7 @@ def test_of_eight_runs_racing_for_the_last_budget_one_wins(tmp_path: Path) -> No
 @pytest.mark.usefixtures("slow_reading")
 def test_of_racing_extra_reservations_one_wins(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    commit(ledger, "run-1", cap=PLAN.epsilon(8))
+    commit(ledger, "run-1", caps=upto(PLAN.epsilon(8)))
     for number in (1, 2, 3):
         reserve(ledger, "run-1", number)
     others = [ledger_at(tmp_path) for _ in range(6)]
@@ -343,86 +571,9 @@ def test_of_racing_extra_reservations_one_wins(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("slow_reading")
 def test_ledgers_opened_at_once_are_one_ledger(tmp_path: Path) -> None:
     names: list[str] = []
-    assert race([lambda: names.append(ledger_at(tmp_path).data_set_commitment("notes"))] * 6) == [None] * 6
+    assert race([lambda: names.append(ledger_at(tmp_path).file.commitment("notes"))] * 6) == [None] * 6
     assert len(names) == 6
     assert len(set(names)) == 1
-
-
-PROCESS = """
-import os, signal, sys
-from pathlib import Path
-from fractions import Fraction
-from fedcollm_privacy import cross_checks
-from fedcollm_privacy.errors import BudgetExceeded
-from fedcollm_privacy.ledger import Ledger
-from fedcollm_privacy.plan import DpPlan
-cross_checks.MAX_PRV_CELLS = 0  # it would load torch, for seconds, and plays no part here
-plan = DpPlan(unit="record", max_records_per_unit=1, max_grad_norm=1.0, noise_multiplier=2.0,
-              sample_rate=Fraction(1, 10), expected_batch_size=10, steps_per_round=2, rounds=3, delta=1e-5)
-ledger = Ledger(Path(sys.argv[1]), "north")
-plan.epsilon(6)
-if sys.argv[2] == "race":
-    print("ready", flush=True)
-    sys.stdin.readline()
-    try:
-        ledger.commit_plan(run_id=sys.argv[3], data_set="notes", plan=plan,
-                           cap_epsilon=1.5 * plan.epsilon(6), cap_delta=1e-3)
-        print("won", flush=True)
-    except BudgetExceeded:
-        print("refused", flush=True)
-else:
-    ledger.commit_plan(run_id="run-1", data_set="notes", plan=plan, cap_epsilon=100.0, cap_delta=1e-3)
-    ledger.reserve(run_id="run-1", plan=plan, server_round=1)
-    if sys.argv[2] == "inside":  # the power goes between writing and committing
-        real = ledger._append
-        def die(*args):
-            real(*args)
-            os.kill(os.getpid(), signal.SIGKILL)
-        ledger._append = die
-        ledger.reserve(run_id="run-1", plan=plan, server_round=2)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    path = str(folder / "ledgers" / "north.sqlite")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, path, *arguments],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_of_two_processes_racing_for_the_last_budget_one_wins(tmp_path: Path) -> None:
-    processes = [start(tmp_path, "race", f"run-{i}") for i in range(2)]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    answers = sorted(process.communicate(timeout=60)[0].strip() for process in processes)
-    assert answers == ["refused", "won"]
-    assert kinds(ledger_at(tmp_path)) == ["PLAN"]
-
-
-@pytest.mark.parametrize("where", ["after", "inside"])
-def test_a_process_killed_after_reserving_leaves_the_budget_spent(tmp_path: Path, where: str) -> None:
-    process = start(tmp_path, where)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    ledger = ledger_at(tmp_path)
-    assert kinds(ledger) == ["PLAN", "RESERVE"]  # a half-written third entry is gone, and so no step ran on it
-    assert ledger.spent_in_run("run-1").steps == 2
-    # The resumed run pays anew and may close what was left open.
-    commit(ledger, "run-1")
-    reserve(ledger, "run-1")
-    assert ledger.spent_in_run("run-1").steps == 4
-    ledger.settle(run_id="run-1", reservation=ledger.entries()[1]["digest"], outcome="failed")
 
 
 # ---------------------------------------------------------------- reservations are used once
@@ -472,7 +623,7 @@ def test_a_committed_plan_carries_two_second_opinions(tmp_path: Path) -> None:
 
 def test_a_plan_too_long_for_prv_says_so_in_its_entry(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    commit(ledger, "run-1", dataclasses.replace(PLAN, rounds=50_000), cap=1e4)
+    commit(ledger, "run-1", dataclasses.replace(PLAN, rounds=50_000), caps=upto(1e4))
     check = ledger.entries()[0]["cross_check"]
     assert check["prv"] is None
     assert "grid" in check["prv_missing"]
@@ -499,9 +650,10 @@ def test_a_plan_on_which_accountants_disagree_is_not_committed(tmp_path: Path, m
 def test_a_ledger_opens_without_loading_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from fedcollm_privacy.ledger import Ledger;"
-        "Ledger(Path(sys.argv[1]), 'north'); sys.exit('torch' in sys.modules)"
+        "from tests.ledgers import key_of;"
+        "Ledger(Path(sys.argv[1]), key_of('north')); sys.exit('torch' in sys.modules)"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "x.sqlite")], env=environment, check=True)
 
 
@@ -510,7 +662,7 @@ def test_a_ledger_opens_without_loading_torch(tmp_path: Path) -> None:
 
 def test_an_adaptive_plan_is_charged_its_whole_target_and_lets_rounds_differ(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    commit(ledger, "run-1", ADAPTIVE, cap=2.0)
+    commit(ledger, "run-1", ADAPTIVE, caps=upto(2.0))
     plan_entry = ledger.entries()[0]
     assert (plan_entry["kind"], plan_entry["plan"], plan_entry["epsilon"]) == ("PLAN", ADAPTIVE.as_dict(), 2.0)
     assert "RDP filter" in plan_entry["accountant"]
@@ -526,7 +678,7 @@ def test_an_adaptive_plan_is_charged_its_whole_target_and_lets_rounds_differ(tmp
     assert (last["plan_digest"], last["round_plan_digest"]) == (ADAPTIVE.digest, rounds[-1].digest)
     spent = ledger.spent_on("notes")
     assert (spent.epsilon, spent.delta, spent.steps) == (2.0, 1e-5, 7)
-    assert verify_chain(ledger.entries()) == []
+    assert verify_chain(ledger.entries(), ledger.file.identity) == []
 
 
 def test_the_filter_refuses_what_would_cross_and_writes_nothing(tmp_path: Path) -> None:
@@ -587,10 +739,10 @@ def test_a_committed_plan_cannot_become_adaptive_nor_the_other_way_round(tmp_pat
 
 def test_adaptive_targets_count_towards_the_cap_like_any_charge(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    commit(ledger, "run-1", ADAPTIVE, cap=2.0 + COST)
+    commit(ledger, "run-1", ADAPTIVE, caps=upto(2.0 + COST))
     with pytest.raises(BudgetExceeded):
-        commit(ledger, "run-2", ADAPTIVE, cap=2.0 + COST)
-    commit(ledger, "run-3", PLAN, cap=2.0 + COST)
+        commit(ledger, "run-2", ADAPTIVE, caps=upto(2.0 + COST))
+    commit(ledger, "run-3", PLAN, caps=upto(2.0 + COST))
     assert kinds(ledger) == ["PLAN", "PLAN"]
 
 
@@ -605,248 +757,146 @@ def test_a_round_protects_the_unit_that_was_promised(tmp_path: Path) -> None:
     assert kinds(ledger) == ["PLAN"]
 
 
-# ---------------------------------------------------------------- who may read what
+# ---------------------------------------------------------------- runs that end early or go on
 
 
-def test_a_data_set_is_committed_to_under_a_salt_of_the_ledger(tmp_path: Path) -> None:
-    north, again, south = ledger_at(tmp_path), ledger_at(tmp_path), ledger_at(tmp_path, "south")
-    name = north.data_set_commitment("notes")
-    assert again.data_set_commitment("notes") == name
-    assert south.data_set_commitment("notes") != name
-    assert north.data_set_commitment("letters") != name
-    # No guess of the name reproduces it without the salt.
-    assert name != hashlib.sha256(b"notes").hexdigest()
-    commit(north, "run-1")
-    north.export(tmp_path / "export.jsonl")
-    exported = (tmp_path / "export.jsonl").read_text()
-    assert name in exported
-    assert "notes" not in exported
-    salt = (
-        sqlite3.connect(tmp_path / "ledgers" / "north.sqlite")
-        .execute("SELECT value FROM meta WHERE key = 'salt'")
-        .fetchone()[0]
-    )
-    assert salt not in exported
-
-
-def test_no_entry_holds_the_number_of_records(tmp_path: Path) -> None:
-    plan = calibrate(
-        target_epsilon=8.0,
-        delta=1e-5,
-        unit="record",
-        max_records_per_unit=1,
-        max_grad_norm=1.0,
-        expected_batch_size=64,
-        steps_per_round=2,
-        rounds=2,
-        units=1237,
-    )
+def test_a_run_given_up_before_its_first_reservation_costs_nothing(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    commit(ledger, "run-1", plan)
-    reservation = reserve(ledger, "run-1", plan=plan)
-    ledger.settle(run_id="run-1", reservation=reservation.entry, outcome="included")
-    ledger.export(tmp_path / "export.jsonl")
-    exported = (tmp_path / "export.jsonl").read_text()
-    assert not re.search(r"(?<![\w.])1237(?![\w.])", exported)
-    assert str(64 / 1237)[:8] not in exported
-    assert '"sample_rate":"4/75"' in exported, "the nominal rate, 64/1200, is what may be read"
+    commit(ledger, "run-1", caps=upto(COST))
+    ledger.abort("run-1")
+    assert kinds(ledger) == ["PLAN", "ABORT"]
+    assert (ledger.spent_on("notes").epsilon, ledger.spent_on("notes").delta) == (0.0, 0.0)
+    commit(ledger, "run-2", caps=upto(COST))  # the room is there again
+    assert ledger.spent_on("notes").epsilon == COST
 
 
-def test_the_file_is_for_its_owner_only(tmp_path: Path) -> None:
-    old = os.umask(0)
-    try:
-        ledger = ledger_at(tmp_path)
-        commit(ledger, "run-1")
-    finally:
-        os.umask(old)
-    for file in (tmp_path / "ledgers").iterdir():
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+@pytest.mark.parametrize("outcome", ["included", "left_out", "lost", "failed", None])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_run_given_up_later_stays_charged_whatever_became_of_its_steps(
+    tmp_path: Path, outcome: str | None, adaptive: bool
+) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1", ADAPTIVE if adaptive else PLAN)
+    reservation = reserve_adaptive(ledger, "run-1") if adaptive else reserve(ledger, "run-1")
+    before = ledger.spent_on("notes")
+    if outcome is not None:
+        settle(ledger, "run-1", reservation, outcome)
+    ledger.abort("run-1")
+    assert ledger.spent_on("notes") == before
+    assert before.epsilon == (2.0 if adaptive else COST)
+    assert kinds(ledger) == ["PLAN", "RESERVE", "SETTLE", "ABORT"], "an open reservation is closed"
+    assert ledger.entries()[2]["outcome"] == (outcome or "failed")
+    assert verify_chain(ledger.entries(), ledger.file.identity) == []
 
 
-def test_a_ledger_of_another_site_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "north.sqlite"
-    commit(Ledger(path, "north"), "run-1")
-    with pytest.raises(LedgerError, match="of site 'north', not of 'south'"):
-        Ledger(path, "south")
-    with pytest.raises(InvalidValue, match="site"):
-        Ledger(tmp_path / "x.sqlite", "../south")
-
-
-# ---------------------------------------------------------------- altered and unusable files
-
-
-def filled(folder: Path) -> Ledger:
-    ledger = ledger_at(folder)
+def test_the_charge_of_steps_beyond_the_plan_stays_too(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
     commit(ledger, "run-1")
-    commit(ledger, "run-2", NOISIER)
-    for number in (1, 2):
-        reservation = reserve(ledger, "run-1", number)
-        ledger.settle(run_id="run-1", reservation=reservation.entry, outcome="included")
-    return ledger
+    for number in (1, 2, 3, 3):
+        reserve(ledger, "run-1", number)
+    ledger.abort("run-1")
+    assert ledger.spent_on("notes").epsilon == PLAN.epsilon(8)
+    assert [e["outcome"] for e in ledger.entries() if e["kind"] == "SETTLE"] == ["failed"] * 4
 
 
-def sql(folder: Path, *statements: str) -> None:
-    with sqlite3.connect(folder / "ledgers" / "north.sqlite") as db:
-        for statement in statements:
-            db.execute(statement)
-
-
-ALTERED = {
-    "a smaller epsilon": ["UPDATE entries SET body = json_set(body, '$.epsilon', 0.01) WHERE seq = 1"],
-    "an epsilon that is no number": ['UPDATE entries SET body = replace(body, \'"epsilon":\', \'"epsilon":NaN,"x":\')'],
-    "fewer steps": ["UPDATE entries SET body = json_set(body, '$.steps', 0) WHERE seq = 3"],
-    "another outcome": ["UPDATE entries SET body = json_set(body, '$.outcome', 'lost') WHERE seq = 4"],
-    "an added field": ["UPDATE entries SET body = json_set(body, '$.note', 'x') WHERE seq = 2"],
-    "another data set": ["UPDATE entries SET body = json_set(body, '$.data_set', 'x') WHERE seq = 1"],
-    "another digest": ["UPDATE entries SET digest = hex(randomblob(32)) WHERE seq = 3"],
-    "a deleted first entry": ["DELETE FROM entries WHERE seq = 1"],
-    "a deleted middle entry": ["DELETE FROM entries WHERE seq = 3"],
-    "a deleted middle entry, renumbered": [
-        "DELETE FROM entries WHERE seq = 3",
-        "UPDATE entries SET seq = seq - 1 WHERE seq > 3",
-    ],
-    "two entries swapped": [
-        "UPDATE entries SET seq = 99 WHERE seq = 3",
-        "UPDATE entries SET seq = 3 WHERE seq = 4",
-        "UPDATE entries SET seq = 4 WHERE seq = 99",
-    ],
-    "an inserted entry": ["INSERT INTO entries SELECT 7, body, 'x' FROM entries WHERE seq = 6"],
-    "a body that is no JSON": ["UPDATE entries SET body = 'gone' WHERE seq = 2"],
-    "a body that is no object": ["UPDATE entries SET body = '[1]' WHERE seq = 2"],
-}
-
-
-@pytest.mark.parametrize("change", ALTERED)
-def test_an_altered_ledger_is_found_when_it_is_opened(tmp_path: Path, change: str) -> None:
-    filled(tmp_path)
-    sql(tmp_path, *ALTERED[change])
-    with pytest.raises(LedgerError, match="altered"):
-        ledger_at(tmp_path)
-
-
-@pytest.mark.parametrize("change", [name for name in ALTERED if "body" not in name])
-def test_an_altered_ledger_is_found_in_its_entries(tmp_path: Path, change: str) -> None:
-    ledger = filled(tmp_path)
-    assert verify_chain(ledger.entries()) == []
-    sql(tmp_path, *ALTERED[change])
-    assert verify_chain(ledger.entries())
-
-
-def test_an_entry_with_a_fitting_digest_of_its_own_breaks_the_chain(tmp_path: Path) -> None:
-    entries = filled(tmp_path).entries()
-    entries[2]["steps"] = 1
-    body = {key: value for key, value in entries[2].items() if key != "digest"}
-    entries[2]["digest"] = hashlib.sha256(canonical_json(body)).hexdigest()
-    assert verify_chain(entries) == ["entry 4: does not follow the entry before it"]
-
-
-def test_what_the_chain_alone_cannot_show(tmp_path: Path) -> None:
-    # As its docstring says: the end can be cut off. The head that is settled with every round is there for that.
-    entries = filled(tmp_path).entries()
-    assert verify_chain(entries[:-1]) == []
-    assert verify_chain([]) == []
-
-
-def test_the_export_is_canonical_and_verifies_on_its_own(tmp_path: Path) -> None:
-    ledger = filled(tmp_path)
-    ledger.export(tmp_path / "deep" / "export.jsonl")
-    lines = (tmp_path / "deep" / "export.jsonl").read_bytes().splitlines()
-    entries = [json.loads(line) for line in lines]
-    assert [canonical_json(entry) for entry in entries] == lines
-    assert entries == ledger.entries()
-    previous = "0" * 64
-    for number, entry in enumerate(entries, start=1):
-        digest = entry.pop("digest")
-        assert entry["seq"] == number
-        assert entry["previous"] == previous
-        # The chain once more, with the standard library only.
-        plain = json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        assert hashlib.sha256(plain.encode()).hexdigest() == digest
-        previous = digest
-    assert previous == ledger.head
-
-
-@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + b"\xff" * 4096])
-def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "north.sqlite"
-    path.write_bytes(content)
-    with pytest.raises(LedgerError, match="cannot be used as a ledger"):
-        Ledger(path, "north")
-    assert path.read_bytes() == content
-
-
-def test_another_schema_is_refused(tmp_path: Path) -> None:
-    filled(tmp_path)
-    sql(tmp_path, "UPDATE meta SET value = '2' WHERE key = 'schema'")
-    with pytest.raises(LedgerError, match="schema 2"):
-        ledger_at(tmp_path)
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(LedgerError, match=r"privacy\.ledger_dir"):
-        Ledger(tmp_path / "file" / "north.sqlite", "north")
-    with pytest.raises(LedgerError, match=r"privacy\.ledger_dir"):
-        Ledger(tmp_path, "north")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_write_permission_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(LedgerError, match=r"privacy\.ledger_dir"):
-            Ledger(tmp_path / "north.sqlite", "north")
-    finally:
-        tmp_path.chmod(0o700)
-
-
-def connecting(monkeypatch: pytest.MonkeyPatch, setup: str, timeout: float) -> None:
-    real = sqlite3.connect
-
-    def connect(path: Path, **options: Any) -> sqlite3.Connection:
-        connection = real(path, **(options | {"timeout": timeout}))
-        connection.execute(setup)
-        return connection
-
-    monkeypatch.setattr("fedcollm_privacy.durable.sqlite3.connect", connect)
-
-
-def test_a_full_disk_refuses_the_reservation_and_keeps_the_ledger_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = filled(tmp_path)
-    before = ledger.entries()
-    with monkeypatch.context() as patch:
-        connecting(patch, "PRAGMA max_page_count = 1", 1.0)  # SQLite never goes below what is in use
-        reserved = []
-        with pytest.raises(LedgerError, match="full"):
-            reserved.extend(reserve(ledger, "run-1", 3) for _ in range(100))
-    after = ledger_at(tmp_path).entries()
-    assert after[: len(before)] == before
-    assert [entry["digest"] for entry in after[len(before) :]] == [reservation.entry for reservation in reserved]
-
-
-def test_a_ledger_held_by_another_process_refuses_after_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = filled(tmp_path)
-    holder = sqlite3.connect(tmp_path / "ledgers" / "north.sqlite", isolation_level=None)
-    holder.execute("BEGIN IMMEDIATE")
-    with monkeypatch.context() as patch:
-        connecting(patch, "SELECT 1", 0.05)
-        with pytest.raises(LedgerError, match="locked"):
-            reserve(ledger, "run-1", 3)
-    holder.close()
-    reserve(ledger, "run-1", 3)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), True])
-@pytest.mark.parametrize("field", ["cap_epsilon", "cap_delta"])
-def test_a_cap_is_a_positive_number(tmp_path: Path, field: str, value: Any) -> None:
+def test_a_run_given_up_does_nothing_more(tmp_path: Path) -> None:
     ledger = ledger_at(tmp_path)
-    with pytest.raises(InvalidValue, match=field):
-        commit(ledger, "run-1", **{field: value})
-    assert ledger.entries() == []
+    commit(ledger, "run-1")
+    commit(ledger, "run-2", ADAPTIVE)
+    open_one = reserve(ledger, "run-1")
+    ledger.abort("run-1")
+    ledger.abort("run-2")
+    before = ledger.entries()
+    attempts: list[Callable[[], object]] = [
+        lambda: reserve(ledger, "run-1"),
+        lambda: ledger.admit(run_id="run-1", plan=PLAN),
+        lambda: reserve_adaptive(ledger, "run-2"),
+        lambda: commit(ledger, "run-1"),
+        lambda: commit(ledger, "run-2", ADAPTIVE),
+        lambda: ledger.abort("run-1"),
+        lambda: ledger.record_statement(run_id="run-1", statement="a" * 64, epsilon=9.0, delta=1e-5),
+        lambda: settle(ledger, "run-1", open_one),
+        lambda: ledger.abort("run-3"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(LedgerError, match=r"given up|no open reservation|has not committed"):
+            attempt()
+    with pytest.raises(LedgerError, match="another plan"):
+        commit(ledger, "run-1", NOISIER)
+    assert ledger.entries() == before
+
+
+def test_what_a_crash_left_open_is_closed_as_failed_by_the_runs_next_reservation(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1")
+    commit(ledger, "run-2")
+    settle(ledger, "run-1", reserve(ledger, "run-1", 1))
+    left = reserve(ledger, "run-1", 2).entry
+    others = reserve(ledger, "run-2", 1)
+    again = ledger_at(tmp_path)
+    before = again.entries()
+    commit(again, "run-1")
+    assert again.entries() == before, "its round may have been summed, and is settled when that is known"
+    reserve(again, "run-1", 2)
+    closed = again.entries()[-2]
+    assert (closed["kind"], closed["run_id"], closed["reservation"]) == ("SETTLE", "run-1", left)
+    assert (closed["outcome"], closed["ran"]) == ("failed", None)
+    assert again.spent_in_run("run-1").steps == 6, "steps that may have run stay spent"
+    settle(again, "run-2", others)  # another run's reservation was left alone
+
+
+def test_what_steps_said_of_themselves_survives_a_crash_until_they_are_settled(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1")
+    reserved = reserve(ledger, "run-1", 1)
+    assert ledger.file.noted_ran(reserved.entry) is None
+    ledger.file.note_ran(reserved.entry, RAN)
+    again = ledger_at(tmp_path)
+    (open_one,) = open_reservations(again.entries(), "run-1")
+    assert open_one["digest"] == reserved.entry
+    assert again.file.noted_ran(reserved.entry) == RAN
+    again.settle(
+        run_id="run-1", reservation=reserved.entry, outcome="included", ran=again.file.noted_ran(reserved.entry)
+    )
+    assert open_reservations(again.entries(), "run-1") == []
+    assert again.entries()[-1]["ran"] == dataclasses.asdict(RAN)
+
+
+def test_a_settlement_says_what_the_steps_recorded(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1")
+    settle(ledger, "run-1", reserve(ledger, "run-1"))
+    ledger.settle(run_id="run-1", reservation=reserve(ledger, "run-1").entry, outcome="failed")
+    said = [e["ran"] for e in ledger.entries() if e["kind"] == "SETTLE"]
+    assert said == [dataclasses.asdict(RAN), None]
+    assert Ran(**said[0]) == RAN
+
+
+# ---------------------------------------------------------------- statements
+
+
+def test_a_statement_is_noted_if_it_says_no_less_than_was_charged(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    commit(ledger, "run-1")
+    fields: dict[str, Any] = {"run_id": "run-1", "statement": "a" * 64, "epsilon": COST, "delta": 1e-5}
+    for change in ({"epsilon": COST * (1 - 1e-12)}, {"delta": 0.9e-5}, {"run_id": "run-2"}):
+        with pytest.raises(LedgerError):
+            ledger.record_statement(**fields | change)
+    for field, value in (("epsilon", float("nan")), ("delta", True), ("epsilon", float("inf")), ("statement", "x")):
+        with pytest.raises(InvalidValue, match=field):
+            ledger.record_statement(**fields | {field: value})
+    assert kinds(ledger) == ["PLAN"]
+    ledger.record_statement(run_id="run-1", statement="a" * 64, epsilon=COST, delta=1e-5)
+    ledger.record_statement(run_id="run-1", statement="b" * 64, epsilon=COST + 1, delta=1e-4)
+    said = ledger.entries()[1:]
+    assert [(e["kind"], e["statement"], e["epsilon"]) for e in said] == [
+        ("STATEMENT", "a" * 64, COST),
+        ("STATEMENT", "b" * 64, COST + 1),
+    ]
+    assert ledger.spent_on("notes").epsilon == COST, "what a statement says is no charge"
+
+
+# ---------------------------------------------------------------- values from outside
 
 
 def test_names_and_rounds_are_checked(tmp_path: Path) -> None:
@@ -859,19 +909,17 @@ def test_names_and_rounds_are_checked(tmp_path: Path) -> None:
             reserve(ledger, "run-1", number)  # type: ignore[arg-type]
 
 
-def test_another_salt_is_noticed_because_it_would_make_every_data_set_new(tmp_path: Path) -> None:
-    commit(ledger_at(tmp_path), "run-1")
-    path = tmp_path / "ledgers" / "north.sqlite"
-    with sqlite3.connect(path) as db:
-        db.execute("UPDATE meta SET value = ? WHERE key = 'salt'", ("00" * 32,))
-    db.close()
-    with pytest.raises(LedgerError, match="salt"):
-        ledger_at(tmp_path)
-
-
-def test_a_ledger_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:
-    ledger_at(tmp_path)
-    path = tmp_path / "ledgers" / "north.sqlite"
-    path.chmod(0o644)
-    ledger_at(tmp_path)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+def test_asking_whether_a_reservation_would_be_admitted_writes_nothing(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    before = ledger.entries()
+    ledger.admit(run_id="run-1", plan=PLAN)
+    with pytest.raises(LedgerError, match="has not committed"):
+        ledger.admit(run_id="run-1", plan=NOISIER)
+    tight = ledger_at(tmp_path / "tight")
+    commit(tight, "run-1", caps=upto(COST))
+    for number in (1, 2, 3):
+        tight.admit(run_id="run-1", plan=PLAN)
+        reserve(tight, "run-1", number)
+    with pytest.raises(BudgetExceeded):
+        tight.admit(run_id="run-1", plan=PLAN)
+    assert ledger.entries() == before

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedcollm_privacy.dsse import PAYLOAD_TYPE, Envelope, Signature
 from fedcollm_privacy.errors import FedCollmError, InvalidValue
 from secure_fedcollm import figures, report
 
@@ -129,7 +130,7 @@ def a_statement() -> dict[str, Any]:
                 "epsilon": 7.991,
                 "delta": 1e-5,
                 "plan": {"noise_multiplier": 0.83, "sample_rate": "16/400", "steps": 120},
-                "ledger_head": "5d41" * 16,
+                "ledger": {"head": "5d41" * 16, "tree_size": 7},
             }
             for site in SITES
         },
@@ -143,7 +144,10 @@ def write_run(folder: Path, summary: Any, rounds: Any = None, statement: Any = N
     if rounds is not None:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rounds))
     if statement is not None:
-        (folder / "statement.json").write_text(json.dumps(statement))
+        signature = Signature(keyid="ab" * 32, signature=bytes(64))
+        payload = json.dumps({"predicate": statement}).encode()
+        envelope = Envelope(payload_type=PAYLOAD_TYPE, payload=payload, signatures=(signature,))
+        (folder / "statement.json").write_bytes(envelope.to_bytes())
     return folder
 
 

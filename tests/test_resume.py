@@ -10,14 +10,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedcollm_privacy.ledger import Ledger, verify_chain
+from fedcollm_audits import evidence as audit_evidence
+from fedcollm_audits.audit import CHECKS
+from fedcollm_privacy.entries import verify_chain
+from fedcollm_privacy.errors import LedgerError
+from fedcollm_privacy.ledger_file import LedgerFile
+from secure_fedcollm.models import base_digest_of
 
+from .site_policies import write_policies
 from .test_run import SMALL, write_notes
 
 ROUNDS = 3
+RECORD_CHECKS = [check for check in CHECKS if check.group not in ("empirical", "leakage")]
 
 
 def fedcollm(arguments: list[str], home: Path) -> subprocess.Popen[bytes]:
@@ -30,13 +38,17 @@ def fedcollm(arguments: list[str], home: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def settled_rounds(ledger: Path) -> int:
-    return sum(e["kind"] == "SETTLE" for e in Ledger(ledger, ledger.stem).entries()) if ledger.exists() else 0
+def entries_of(ledger: Path) -> list[dict[str, Any]]:
+    """What the ledger holds; nothing while it is being made."""
+    try:
+        return LedgerFile(ledger).entries()
+    except LedgerError:
+        return []
 
 
 @pytest.mark.parametrize("moment", ["while a site trains", "after the sum was opened", "after the round was settled"])
 def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
-    tmp_path: Path, tiny_checkpoint: Callable[..., Path], moment: str
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     notes = write_notes(tmp_path / "notes.jsonl", 3, 40)
     out, home = tmp_path / "out", tmp_path / "home"
@@ -52,11 +64,15 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
         "distillation.steps=2",
         f"federation.rounds={ROUNDS}",
     ]
+    with monkeypatch.context() as here:
+        here.setenv("FEDCOLLM_HOME", str(home))
+        digest = base_digest_of(str(tiny_checkpoint("llama")), "float32")
+        write_policies(home, ["s00", "s01", "s02"], notes, digest)
     process = fedcollm(arguments, home)
     ledger = home / "ledgers" / "s01.sqlite"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        entries = Ledger(ledger, "s01").entries() if ledger.exists() else []
+        entries = entries_of(ledger)
         last = entries[-1] if entries else {"kind": ""}
         if moment == "while a site trains" and last["kind"] == "RESERVE" and last["server_round"] == 2:
             break
@@ -77,8 +93,9 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
         assert (out / name).exists(), name
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["server_round"] for row in rows] == list(range(ROUNDS + 1))
-    entries = Ledger(ledger, "s01").entries()
-    assert verify_chain(entries) == []
+    opened = LedgerFile(ledger)
+    entries = opened.entries()
+    assert verify_chain(entries, opened.identity) == []
     assert sum(e["kind"] == "PLAN" for e in entries) == 1
     plans = [
         json.loads(x) for x in (out / "transcript.jsonl").read_text().splitlines() if json.loads(x)["event"] == "plan"
@@ -102,6 +119,9 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
         assert len(reserved) == len(plans) == ROUNDS
         assert all(row["outcome"] in ("before", "opened") for row in rows)
     assert not (out / "opened.safetensors").exists()
+    # An auditor finds nothing wrong with it, and nothing missing.
+    answers = {check.name: check.run(audit_evidence.read(out)) for check in RECORD_CHECKS}
+    assert {name: found.status for name, found in answers.items() if found.status != "pass"} == {}, answers
 
     again = fedcollm(["run", f"resume={out}"], home)
     message = again.communicate(timeout=60)[0].decode()

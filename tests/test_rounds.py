@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedcollm_privacy.messages import Settlement
 from fedcollm_privacy.secure_sum_messages import UploadManifest
 from fedcollm_privacy.wire import encode
@@ -19,7 +21,7 @@ from .secure_sums import digest, round_plan
 
 def settlement(site: str) -> bytes:
     fields: dict[str, Any] = {"private": True, "epsilon": 1.0, "charged": 2.0, "delta": 1e-6, "unit": "record"}
-    return encode(Settlement(site=site, **fields, steps=1, clipped_fraction=0.0, ledger_head=""))
+    return encode(Settlement(site=site, **fields, steps=1, clipped_fraction=0.0))
 
 
 @dataclass
@@ -45,9 +47,10 @@ def test_no_site_settles_for_another(tmp_path: Path) -> None:
         secure_sum=None,  # type: ignore[arg-type]
         transcript=Transcript(tmp_path / "transcript.jsonl"),
         keep=lambda opened: None,
+        heads=None,
         sites=(),
     )
-    outcome = RoundOutcome(outcome="lost", state=State(slm=None, llm=None))  # type: ignore[arg-type]
+    outcome = RoundOutcome(outcome="lost", state=State(slm=np.zeros(2, np.float32), llm=np.zeros(2, np.float32)))
     settled = _settled(federation, round_plan(), outcome).settlements
     assert [told.site for told in settled] == ["a"]
 

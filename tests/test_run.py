@@ -15,17 +15,23 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedcollm_privacy import secure_sum as secure_sum_module
+from fedcollm_privacy.dsse import Envelope
+from fedcollm_privacy.entries import verify_chain
 from fedcollm_privacy.errors import BudgetExceeded, ConfigError, FedCollmError
-from fedcollm_privacy.ledger import Ledger, verify_chain
+from fedcollm_privacy.identity import PublicIdentity
+from fedcollm_privacy.ledger_file import LedgerFile
 from fedcollm_privacy.messages import OpenedSum
 from secure_fedcollm import site as site_module
 from secure_fedcollm.cli import compose_config
 from secure_fedcollm.config import Config
 from secure_fedcollm.evaluation import evaluate
 from secure_fedcollm.folder import RunFolder
+from secure_fedcollm.models import base_digest_of
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.run import run
 from secure_fedcollm.strict_build import build
+
+from .site_policies import write_policies
 
 WORDS = [
     "the",
@@ -46,6 +52,14 @@ WORDS = [
     "home",
 ]
 Launch = Callable[..., dict[str, Any]]
+
+
+def predicate_of(out: Path) -> dict[str, Any]:
+    """What a run's signed statement says."""
+    predicate: dict[str, Any] = json.loads(Envelope.from_bytes((out / "statement.json").read_bytes()).payload)[
+        "predicate"
+    ]
+    return predicate
 
 
 def write_notes(path: Path, sites: int, rows_per_site: int, seed: int = 0) -> Path:
@@ -102,6 +116,9 @@ def launch(
             given = [o for o in given if not o.startswith("privacy.")] + ["~privacy"]
         plain = compose_config(given)
         config = build(Config, plain)
+        digest = base_digest_of(str(config.model.slm), "float32")
+        unit = "record" if config.privacy is None else config.privacy.unit
+        write_policies(tmp_path / "home", [f"s{site:02d}" for site in range(sites)], notes, digest, unit)
         folder = RunFolder.create(config.output_dir, config.name, plain)
         return run(config, folder, RunProgress(quiet=True))
 
@@ -119,9 +136,12 @@ def test_own_text_runs_with_three_settings_and_leaves_every_output(launch: Launc
     for site, row in summary["sites"].items():
         assert 0 < row["epsilon"] <= 8.0
         assert row["steps"] == 4
-        entries = [json.loads(line) for line in (out / "ledgers" / f"{site}.jsonl").read_text().splitlines()]
-        assert [e["kind"] for e in entries] == ["PLAN", "RESERVE", "SETTLE", "RESERVE", "SETTLE"]
-        assert verify_chain(entries) == []
+        lines = [json.loads(line) for line in (out / "ledgers" / f"{site}.jsonl").read_text().splitlines()]
+        kinds = ["LEDGER", "PLAN", *["RESERVE", "SETTLE"] * 2, "STATEMENT", *["HEAD"] * 4]
+        assert [line["kind"] for line in lines] == kinds
+        identity = PublicIdentity(name=site, public_key=bytes.fromhex(lines[0]["public_key"]))
+        assert verify_chain(lines[1:7], identity) == []
+        assert [line["head"]["tree_size"] for line in lines[7:]] == [1, 3, 5, 6]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["outcome"] for r in rows] == ["before", "opened", "opened"]
     assert rows[1]["slm"] != rows[0]["slm"]
@@ -173,7 +193,7 @@ def test_a_sum_beyond_its_norm_changes_no_model_and_the_budget_stays_spent(launc
     assert [row["outcome"] for row in rows] == ["before", "lost", "lost"]
     assert rows[0]["slm"] == rows[2]["slm"]
     assert rows[2]["epsilon"]["s00"] > rows[1]["epsilon"]["s00"] > 0
-    outcomes = [e["outcome"] for e in Ledger(tmp_path / "home" / "ledgers" / "s00.sqlite", "s00").entries()[2::2]]
+    outcomes = [e["outcome"] for e in LedgerFile(tmp_path / "home" / "ledgers" / "s00.sqlite").entries()[2::2]]
     assert outcomes == ["lost", "lost"]
 
 
@@ -231,7 +251,10 @@ def test_every_method_is_a_setting_and_moves_only_what_it_should(
 ) -> None:
     rounds = "federation.rounds=0" if method == "zero_shot" else "federation.rounds=1"
     distils = method in ("fedcollm", "fedavg_public", "llm_to_slm")
-    summary = launch(f"method={method}", rounds, *(["distillation.steps=2"] if distils else []))
+    # Private records are not pooled: they would be charged to another ledger than their sites'.
+    declared = "public" if method.startswith("centralised") else "private"
+    settings = [f"data.declared={declared}", *(["distillation.steps=2"] if distils else [])]
+    summary = launch(f"method={method}", rounds, *settings)
     for name, moved in zip(("slm", "llm"), moves, strict=True):
         assert (summary[name]["before"]["loss"] != summary[name]["after"]["loss"]) is moved, name
 
@@ -264,7 +287,7 @@ def test_a_non_private_run_says_so_in_every_output(launch: Launch, tmp_path: Pat
     assert "NOT PRIVATE" in summary["note"]
     assert "NOT PRIVATE" in (out / "report.html").read_text().upper()
     assert "NOT PRIVATE" in (out / "slm_adapter" / "README.md").read_text()
-    assert json.loads((out / "statement.json").read_text())["private"] is False
+    assert predicate_of(out)["private"] is False
     assert all(row["epsilon"] is None for row in summary["sites"].values())
     assert not (out / "ledgers").exists()
 
@@ -292,7 +315,7 @@ def test_the_second_run_on_private_data_is_refused_when_the_cap_is_reached(launc
     launch(output="first")
     with pytest.raises(BudgetExceeded, match="Nothing was spent"):
         launch(output="second")
-    ledger = Ledger(tmp_path / "home" / "ledgers" / "s00.sqlite", "s00")
+    ledger = LedgerFile(tmp_path / "home" / "ledgers" / "s00.sqlite")
     assert [e["kind"] for e in ledger.entries()].count("PLAN") == 1
 
 
@@ -353,7 +376,7 @@ def test_too_many_diverged_sites_lose_the_round_and_nothing_else(
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [r["outcome"] for r in rows] == ["before", "lost", "lost"]
     assert rows[1]["slm"] == rows[0]["slm"]
-    entries = Ledger(tmp_path / "home" / "ledgers" / "s00.sqlite", "s00").entries()
+    entries = LedgerFile(tmp_path / "home" / "ledgers" / "s00.sqlite").entries()
     assert [e["outcome"] for e in entries if e["kind"] == "SETTLE"] == ["lost", "lost"]
 
 

@@ -17,6 +17,7 @@ import torch
 from fedcollm_privacy.aggregator import Aggregator
 from fedcollm_privacy.ckks import PublicContext, parameters_for
 from fedcollm_privacy.decryptor import Decryptor
+from fedcollm_privacy.entries import Cap
 from fedcollm_privacy.errors import FedCollmError, ModelError, SiteFailed
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.independence import Independence
@@ -35,6 +36,7 @@ from secure_fedcollm.training import LocalTraining, Paid
 from secure_fedcollm.transport import InProcessTransport
 
 from .secure_sums import NOW, Parties, round_plan
+from .site_policies import guard
 
 PARTIES = Parties.named("north", "south", "west")
 DP_PLAN = DpPlan(
@@ -74,8 +76,8 @@ def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Ca
     def site(
         name: str = "north", *, cap: float = 1e3, learning_rate: float = 1e-2, floor: int = 3, **changes: Any
     ) -> Site:
-        ledger = Ledger(tmp_path / f"{name}.sqlite", name)
-        ledger.commit_plan(run_id="run", data_set="notes", plan=DP_PLAN, cap_epsilon=cap, cap_delta=0.1)
+        ledger = ledger_of(tmp_path, name)
+        ledger.commit_plan(run_id="run", data_set="notes", plan=DP_PLAN, caps=(Cap(epsilon=cap, delta=0.1),))
         fields: dict[str, Any] = {
             "run_id": "run",
             "adapted": adapted,
@@ -85,13 +87,16 @@ def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Ca
             "how": LocalTraining(learning_rate=learning_rate, batch_tokens=64),
             "progress": RunProgress(quiet=True),
         }
-        return Site(contributor=PARTIES.contributor(name, tmp_path, min_contributors=floor), **(fields | changes))
+        fields["key"] = PARTIES.sites[name]
+        fields["contributor"] = PARTIES.contributor(name, tmp_path, min_contributors=floor)
+        fields["guard"] = guard(name, PARTIES.server.public, tmp_path, adapted.spec.base_model)
+        return Site(**(fields | changes))
 
     return site
 
 
 def ledger_of(folder: Path, name: str = "north") -> Ledger:
-    return Ledger(folder / f"{name}.sqlite", name)
+    return Ledger(folder / f"{name}.sqlite", PARTIES.sites[name])
 
 
 def kinds(folder: Path, name: str = "north") -> list[str]:
@@ -235,7 +240,7 @@ def test_a_replayed_plan_is_not_answered_twice(
     assert kinds(tmp_path) == ["PLAN", "RESERVE"]
     # The same round under a fresh nonce is another attempt, and is paid for again.
     train(site, adapted, context, attempt=2, nonce="01")
-    assert kinds(tmp_path) == ["PLAN", "RESERVE", "RESERVE"]
+    assert kinds(tmp_path) == ["PLAN", "RESERVE", "SETTLE", "RESERVE"]
 
 
 @pytest.mark.parametrize("operation", ["evaluate", "", "__init__", "train_alone"])
@@ -305,7 +310,7 @@ def test_a_reservation_is_on_disk_before_the_first_gradient(
     # Every round's adapter is tested on made-up records (7 passes) before the reservation, and nothing else is read.
     assert tests_of_the_model == list(range(7))
     assert len(seen) > 7
-    assert all(entries == ["PLAN", "RESERVE", "RESERVE"] for entries in seen[7:])
+    assert all(entries == ["PLAN", "RESERVE", "SETTLE", "RESERVE"] for entries in seen[7:])
 
 
 def test_the_model_is_tested_with_every_rounds_adapter(
@@ -443,8 +448,8 @@ def test_a_seeded_site_repeats_no_stream_and_never_calls_itself_private(
     branded = dataclasses.replace(DP_PLAN, randomness="insecure_test_seed")
     told = []
     for name, server_round, attempt in (("north", 1, 1), ("south", 1, 1), ("north", 1, 2), ("north", 2, 1)):
-        ledger = Ledger(tmp_path / f"{name}-seeded.sqlite", name)
-        ledger.commit_plan(run_id="run", data_set="notes", plan=branded, cap_epsilon=1e3, cap_delta=0.1)
+        ledger = Ledger(tmp_path / f"{name}-seeded.sqlite", PARTIES.sites[name])
+        ledger.commit_plan(run_id="run", data_set="notes", plan=branded, caps=(Cap(epsilon=1e3, delta=0.1),))
         site = make(name, budget=PrivateBudget(plan=branded, ledger=ledger, test_seed=0))
         refused_training(site, adapted, context, server_round=server_round, attempt=attempt)
         told.append(decode(site.handle("settle", receipt("lost")), Settlement))
@@ -471,7 +476,6 @@ def test_settling_closes_the_reservation_once_and_reports_the_ledger(
         unit="record",
         steps=2,
         clipped_fraction=told.clipped_fraction,
-        ledger_head=entries[-1]["digest"],
     )
     assert told == expected
     assert 0 <= told.clipped_fraction < 1
@@ -553,7 +557,7 @@ def test_a_declared_non_private_site_has_no_ledger_and_says_so(
     assert refused_training(site, adapted, context).code == "declined", "a plan with privacy terms is another run's"
     decode(train(site, adapted, context, dp=None, attempt=2), UploadManifest)
     told = decode(site.handle("settle", receipt("included")), Settlement)
-    assert (told.private, told.epsilon, told.unit, told.steps, told.ledger_head) == (False, -1.0, "none", 0, "")
+    assert (told.private, told.epsilon, told.unit, told.steps) == (False, -1.0, "none", 0)
     assert kinds(tmp_path) == ["PLAN"]
 
 

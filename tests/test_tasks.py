@@ -15,6 +15,7 @@ from secure_fedcollm.tasks import medquad_public, parser, published, template_fi
 
 CONFIG = DataConfig(
     task="text",
+    policy_dir=None,
     declared="public",
     path="unused",
     public_path=None,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy import stats
 
-from fedcollm_audits.confidence import rate_upper_bound
-from fedcollm_privacy import _validate
+from fedcollm_audits.membership import MembershipInference, infer_membership
 from fedcollm_privacy.errors import InvalidValue
 from secure_fedcollm import models
 from secure_fedcollm.data import FederationData
@@ -38,16 +37,13 @@ from secure_fedcollm.tokenization import tokenize
 
 __all__ = [
     "Comparison",
-    "Interval",
     "Leakage",
-    "MembershipInference",
-    "auc_interval",
     "compare",
-    "infer_membership",
+    "find_members",
     "load_released",
     "measure",
+    "rank_secrets",
     "secrets_p_value",
-    "tpr_interval",
 ]
 
 Float64 = NDArray[np.float64]
@@ -56,37 +52,6 @@ Verdict = Literal["private run leaks", "only the control leaks", "neither leaks:
 LOOKS: Final[tuple[Look, ...]] = ("loss", "calibrated", "secrets")
 BATCH_TOKENS: Final = 16_384
 _SHARES_DIFFER: Final = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """An estimate, and where the truth lies with the stated confidence, both ends together."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MembershipInference:
-    """How well an attack's scores tell members from controls.
-
-    Attributes:
-        auc: probability that a member scores above a control, ties half; 0.5 is a coin.
-        tpr: share of members above the threshold that a share ``fpr`` of controls exceeds.
-        fpr: of ``tpr``.
-        p_value: of so large an AUC where members and controls do not differ (Mann and Whitney 1947, one-sided).
-        confidence: of both intervals, each on its own.
-        member_scores, control_scores: one for a unit, larger is more like a member; for who wants to compute it again.
-    """
-
-    auc: Interval
-    tpr: Interval
-    fpr: float
-    p_value: float
-    confidence: float
-    member_scores: tuple[float, ...] = field(repr=False)
-    control_scores: tuple[float, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,80 +104,6 @@ class Comparison:
     private: Leakage
     control: Leakage
     verdicts: Mapping[Look, Verdict]
-
-
-def auc_interval(members: Sequence[float], controls: Sequence[float], confidence: float) -> Interval:
-    """AUC with DeLong's variance (DeLong et al. 1988; by midranks, Sun and Xu 2014), on the logit scale.
-
-    Where no score contradicts the others that variance is zero. Then the interval is Clopper and Pearson's: how many
-    members, and how many controls, could behave otherwise.
-    """
-    placed_m, placed_n = _placements(members, controls)
-    m, n, auc = placed_m.size, placed_n.size, float(placed_m.mean())
-    deviation = math.sqrt(placed_m.var(ddof=1) / m + placed_n.var(ddof=1) / n)
-    if deviation == 0 or auc in (0.0, 1.0):
-        significance = (1 - confidence) / 4
-        agree = (1 - rate_upper_bound(0, m, significance)) * (1 - rate_upper_bound(0, n, significance))
-        return Interval(estimate=auc, low=auc * agree, high=1 - (1 - auc) * agree)
-    margin = float(stats.norm.isf((1 - confidence) / 2)) * deviation / (auc * (1 - auc))
-    logit = math.log(auc / (1 - auc))
-    return Interval(estimate=auc, low=_expit(logit - margin), high=_expit(logit + margin))
-
-
-def tpr_interval(members: Sequence[float], controls: Sequence[float], fpr: float, confidence: float) -> Interval:
-    """True positives at a false positive rate, with an interval that is exact for continuous scores, if wide.
-
-    What share of controls in general exceeds the i-th largest of n is Beta(i, n + 1 - i) distributed. So there is a
-    control that surely fewer than ``fpr`` exceed, and one that surely more do; Clopper and Pearson's bounds of the
-    members above them are the ends. Fewer than ln((1 - confidence) / 4) / ln(1 - fpr) controls (436 at 1 % and 95 %
-    confidence) have no such control at the lower end: it is 0.
-    """
-    above, below = np.asarray(members, dtype=np.float64), -np.sort(-np.asarray(controls, dtype=np.float64))
-    m, n, significance = above.size, below.size, (1 - confidence) / 4
-
-    def hits(place: int) -> int:
-        return int((above > below[place]).sum())
-
-    places = np.arange(1, n + 1)
-    surely_fewer = int((stats.beta.sf(fpr, places, n + 1 - places) <= significance).sum())
-    surely_more = int((stats.beta.cdf(fpr, places, n + 1 - places) > significance).sum())
-    low = 1 - rate_upper_bound(m - hits(surely_fewer - 1), m, significance) if surely_fewer else 0.0
-    high = rate_upper_bound(hits(surely_more), m, significance) if surely_more < n else 1.0
-    # What lies `fpr * n` controls from the top, rounded down so that no more exceed it.
-    estimate = hits(min(n - 1, math.floor(fpr * n + 1e-9))) / m
-    return Interval(estimate=estimate, low=low, high=high)
-
-
-def infer_membership(
-    members: Sequence[float], controls: Sequence[float], *, fpr: float = 0.01, confidence: float = 0.95
-) -> MembershipInference:
-    """Judge an attack by its scores.
-
-    Args:
-        members: scores of units that were trained on, at least two; independent of each other.
-        controls: scores of units that were not, at least two, otherwise alike.
-        fpr: false positive rate at which true positives are counted.
-        confidence: of the intervals.
-
-    Raises:
-        InvalidValue: too few scores, one that is not finite, or a rate or confidence outside (0, 1).
-    """
-    for name, scores in (("members", members), ("controls", controls)):
-        if len(scores) < 2 or not np.isfinite(scores).all():
-            raise InvalidValue(name, f"<{len(scores)} scores>", "at least two finite scores")
-    for name, value in (("fpr", fpr), ("confidence", confidence)):
-        _validate.positive(**{name: value})
-        if not value < 1:
-            raise InvalidValue(name, value, "a number in (0, 1)")
-    return MembershipInference(
-        auc=auc_interval(members, controls, confidence),
-        tpr=tpr_interval(members, controls, fpr, confidence),
-        fpr=fpr,
-        p_value=float(stats.mannwhitneyu(members, controls, alternative="greater").pvalue),
-        confidence=confidence,
-        member_scores=tuple(members),
-        control_scores=tuple(controls),
-    )
 
 
 def secrets_p_value(secrets: Sequence[Exposure]) -> float:
@@ -277,27 +168,44 @@ def measure(
         InvalidValue: sites bring members and controls in different proportions, so that a site's style would pass for
             membership; or see `infer_membership`.
     """
+    loss, calibrated = find_members(adapted, data, max_length=max_length, fpr=fpr, confidence=confidence)
+    secrets, before = rank_secrets(adapted, data, max_length=max_length)
+    return Leakage(
+        model=model,
+        private=private,
+        loss=loss,
+        calibrated=calibrated,
+        secrets=secrets,
+        secrets_before=before,
+        secrets_p_value=secrets_p_value(secrets),
+    )
+
+
+def find_members(
+    adapted: AdaptedModel, data: FederationData, *, max_length: int, fpr: float = 0.01, confidence: float = 0.95
+) -> tuple[MembershipInference, MembershipInference]:
+    """Both membership attacks on a released model, the loss attack first; arguments and errors as in `measure`."""
     planted = {(secret.prompt, secret.secret) for secret in data.secrets}
     members = [[r for r in site.train if (r.prompt, r.target) not in planted] for site in data.sites]
     controls = [list(site.held_out) for site in data.sites]
     _check_shares([len({r.unit for r in part}) for part in members], [len({r.unit for r in part}) for part in controls])
     of_units = [[r for part in parts for r in part] for parts in (members, controls)]
     released = [_unit_losses(adapted, records, max_length) for records in of_units]
-    secrets = exposure(adapted.model, adapted.tokenizer, data.secrets, max_length=max_length)
     with adapted.model.disable_adapter():
         base = [_unit_losses(adapted, records, max_length) for records in of_units]
-        before = exposure(adapted.model, adapted.tokenizer, data.secrets, max_length=max_length)
     by_loss = [(-losses).tolist() for losses in released]
     by_fall = [(old - new).tolist() for old, new in zip(base, released, strict=True)]
-    return Leakage(
-        model=model,
-        private=private,
-        loss=infer_membership(*by_loss, fpr=fpr, confidence=confidence),
-        calibrated=infer_membership(*by_fall, fpr=fpr, confidence=confidence),
-        secrets=secrets,
-        secrets_before=before,
-        secrets_p_value=secrets_p_value(secrets),
-    )
+    loss = infer_membership(*by_loss, fpr=fpr, confidence=confidence)
+    return loss, infer_membership(*by_fall, fpr=fpr, confidence=confidence)
+
+
+def rank_secrets(
+    adapted: AdaptedModel, data: FederationData, *, max_length: int
+) -> tuple[tuple[Exposure, ...], tuple[Exposure, ...]]:
+    """Every planted secret's rank under the released model, and under its base, which never saw it."""
+    after = exposure(adapted.model, adapted.tokenizer, data.secrets, max_length=max_length)
+    with adapted.model.disable_adapter():
+        return after, exposure(adapted.model, adapted.tokenizer, data.secrets, max_length=max_length)
 
 
 def compare(private: Leakage, control: Leakage, *, confidence: float = 0.95) -> Comparison:
@@ -326,19 +234,6 @@ def compare(private: Leakage, control: Leakage, *, confidence: float = 0.95) -> 
         control=control,
         verdicts={look: verdict(look) for look in LOOKS},
     )
-
-
-def _placements(members: Sequence[float], controls: Sequence[float]) -> tuple[Float64, Float64]:
-    """For every member the share of controls below it, for every control that of members above it; ties half."""
-    m, n = len(members), len(controls)
-    ranks = stats.rankdata(np.concatenate([members, controls]))
-    over = (ranks[:m] - stats.rankdata(members)) / n
-    under = 1 - (ranks[m:] - stats.rankdata(controls)) / m
-    return over, under
-
-
-def _expit(value: float) -> float:
-    return 0.5 * (1 + math.tanh(value / 2))
 
 
 def _check_shares(members: Sequence[int], controls: Sequence[int]) -> None:

@@ -28,12 +28,15 @@ from fedcollm_audits.confidence import one_run_epsilon, one_run_p_value
 from fedcollm_audits.step_audit import Canaries, StepAudit, audit_step, dirac_canaries
 from fedcollm_privacy import _validate
 from fedcollm_privacy.dp_sgd import noisy_sum, release_private_gradient, run_private_steps
+from fedcollm_privacy.entries import Cap
 from fedcollm_privacy.errors import InvalidValue
+from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.independence import PROBES, prove_independence
-from fedcollm_privacy.ledger import Ledger, Reservation
+from fedcollm_privacy.ledger import Ledger
 from fedcollm_privacy.messages import NoisySum, RoundPlan
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.reservation import Reservation
 
 __all__ = [
     "OneRunAudit",
@@ -188,11 +191,11 @@ def _paid(plan: DpPlan, sites: int = 1) -> Iterator[Callable[[int, int], Reserva
     """Ledgers of the audit's own, with exactly the plan's budget: gives a site's reservation of a round."""
     claim = plan.epsilon(plan.steps)
     with TemporaryDirectory() as folder:
-        ledgers = [Ledger(Path(folder) / f"{site}.sqlite", f"{_RUN}-{site}") for site in range(sites)]
+        keys = [SigningKey.generate(f"{_RUN}-{site}") for site in range(sites)]
+        ledgers = [Ledger(Path(folder) / f"{key.name}.sqlite", key) for key in keys]
         for ledger in ledgers:
-            ledger.commit_plan(
-                run_id=_RUN, data_set="canaries", plan=plan, cap_epsilon=1.001 * claim, cap_delta=2 * plan.delta
-            )
+            cap = Cap(epsilon=1.001 * claim, delta=2 * plan.delta)
+            ledger.commit_plan(run_id=_RUN, data_set="canaries", plan=plan, caps=(cap,))
         yield lambda site, server_round: ledgers[site].reserve(run_id=_RUN, plan=plan, server_round=server_round)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from torch import nn
 from fedcollm_privacy.clipping import PhysicalBatches, RecordLoss, clipped_sum
 from fedcollm_privacy.errors import PrivacyViolation, ProtocolError
 from fedcollm_privacy.independence import Independence
-from fedcollm_privacy.ledger import Reservation
 from fedcollm_privacy.messages import NoisySum, RoundPlan
 from fedcollm_privacy.per_sample import clear_gradients, trainable
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.reservation import Ran, Reservation, code_digest
 
 __all__ = [
     "Observation",
@@ -120,7 +120,17 @@ def noisy_sum(
     if observe is not None:
         signal = float(np.linalg.norm(grid.astype(np.float64))) / (deviation * math.sqrt(grid.size))
         observe(Observation(clipped_fraction=summed.clipped / max(1, len(units)), signal_to_noise=signal))
-    return NoisySum(grid=released, grid_step=summed.grid_step)
+    ran = Ran(
+        steps=1,
+        noise_multiplier=deviation * summed.grid_step / plan.max_grad_norm,
+        max_grad_norm=plan.max_grad_norm,
+        sample_rate=f"{plan.sample_rate.numerator}/{plan.sample_rate.denominator}",
+        sampling="given",
+        clipping=plan.clipping,
+        randomness="insecure_test_seed" if random.seeded else "operating_system",
+        code=code_digest(),
+    )
+    return NoisySum(grid=released, grid_step=summed.grid_step, ran=ran)
 
 
 def _sample(plan: DpPlan, records_of_unit: Sequence[Sequence[int]], random: SecureRandom) -> list[list[int]]:
@@ -146,7 +156,7 @@ def run_private_steps(
     random: SecureRandom,
     on_step: Callable[[], None],
     observe: Callable[[Observation], None] | None = None,
-) -> None:
+) -> Ran:
     """Take exactly the reserved steps of the plan.
 
     Args:
@@ -162,6 +172,9 @@ def run_private_steps(
         on_step: called after every step, with nothing.
         observe: gets what must not be released, see `Observation`.
 
+    Returns:
+        What the steps say of themselves, for the ledger.
+
     Raises:
         PrivacyViolation: the reservation is not for this plan or was used, the plan releases gradients, the model was
             not tested, or the first step left every parameter unchanged (the adapter is not connected to the loss:
@@ -173,6 +186,7 @@ def run_private_steps(
     parameters = trainable(model)
     was_training = model.training
     model.train()
+    taken: list[Ran] = []
     try:
         for step in range(reservation.redeem(plan.digest)):
             before = [p.detach().clone() for p in parameters] if step == 0 else []
@@ -185,6 +199,7 @@ def run_private_steps(
                 random=random,
                 observe=observe,
             )
+            taken += [] if noisy.ran is None else [noisy.ran]
             _set_gradients(parameters, noisy, plan.expected_batch_size)
             optimizer.step()
             if before and all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True)):
@@ -193,6 +208,8 @@ def run_private_steps(
     finally:
         clear_gradients(parameters)
         model.train(was_training)
+    least = min(taken, key=lambda ran: ran.noise_multiplier)
+    return replace(least, steps=len(taken), sampling="poisson")
 
 
 def _set_gradients(parameters: list[nn.Parameter], noisy: NoisySum, expected_batch_size: int) -> None:
@@ -279,4 +296,5 @@ def release_private_gradient(
         model.train(was_training)
     pieces = np.split(noisy.grid, np.cumsum([p.numel() for p in parameters])[:-1])
     grid = np.concatenate([pieces[place[id(p)]] for p in flatten_as])
-    return NoisySum(grid=grid, grid_step=noisy.grid_step)
+    ran = None if noisy.ran is None else replace(noisy.ran, sampling="poisson")
+    return NoisySum(grid=grid, grid_step=noisy.grid_step, ran=ran)

@@ -10,6 +10,7 @@
     ├── BudgetExceeded          a spend would cross a cap; nothing was spent
     ├── KeyFileError            a key file is unreadable, too open, or locked by another passphrase
     ├── LedgerError             a ledger is unreadable, altered, or used out of order
+    ├── PolicyRefused           the site's own policy says no (names the rule)
     ├── PrivacyViolation        the training step would not carry its stated guarantee
     ├── ProtocolError           a message is malformed, foreign, replayed or out of order
     │   ├── OpeningRefused      the decryptor will not open (one text for every cause)
@@ -31,6 +32,7 @@ __all__ = [
     "LedgerError",
     "ModelError",
     "OpeningRefused",
+    "PolicyRefused",
     "PrivacyViolation",
     "ProtocolError",
     "RoundLost",
@@ -125,3 +127,15 @@ class SiteFailed(FedCollmError):
 
 class RoundLost(FedCollmError):
     """A round gave no sum; adapters are as before it, budget already reserved stays spent."""
+
+
+class PolicyRefused(FedCollmError):
+    """The site's own policy says no; the server is told ``declined`` and nothing else.
+
+    Attributes:
+        rule: the policy's field that said no.
+    """
+
+    def __init__(self, rule: str, reason: str) -> None:
+        super().__init__(f"the site's policy refuses ({rule}): {reason}")
+        self.rule = rule

@@ -38,7 +38,10 @@ __all__ = [
     "save_public",
 ]
 
-PURPOSES = ("roster", "plan", "advertisement", "sealed_share", "upload", "agreement", "unmask")
+PURPOSES = (
+    *("roster", "plan", "advertisement", "sealed_share", "upload", "agreement", "unmask"),
+    *("ledger_entry", "tree_head", "witnessed_head"),
+)
 """What may be signed. A word is never given another meaning."""
 
 _DOMAIN = b"fedcollm/v1/"
@@ -101,6 +104,22 @@ class PublicIdentity:
                 f"Ask {self.name} to sign again, and compare fingerprints ({self.fingerprint})"
             ) from None
 
+    def verify_pae(self, pae: bytes, signature: bytes) -> None:
+        """Return if this party's key signed these bytes, which `fedcollm_privacy.dsse.pae` made.
+
+        Raises:
+            InvalidValue: the bytes do not begin with ``DSSEv1`` and a space.
+            SignatureInvalid: other bytes or another key, or no signature at all. One text for all of these.
+        """
+        _require_pae(pae)
+        try:
+            Ed25519PublicKey.from_public_bytes(self.public_key).verify(signature, pae)
+        except (InvalidSignature, TypeError, ValueError):
+            raise SignatureInvalid(
+                f"the DSSE signature of {self.name} does not hold; nothing of it was used. "
+                f"Ask {self.name} to sign again, and compare fingerprints ({self.fingerprint})"
+            ) from None
+
     @property
     def fingerprint(self) -> str:
         """First 16 bytes of the key's SHA-256, in groups of four hex digits, to be read aloud and compared."""
@@ -153,6 +172,11 @@ class SigningKey:
     def sign(self, purpose: str, message: bytes) -> bytes:
         """The signature of ``message``, 64 bytes; InvalidValue if the purpose is not in `PURPOSES`."""
         return self._private.sign(_signed_bytes(purpose, message))
+
+    def sign_pae(self, pae: bytes) -> bytes:
+        """The plain signature of what `fedcollm_privacy.dsse.pae` made, 64 bytes; InvalidValue for other bytes."""
+        _require_pae(pae)
+        return self._private.sign(pae)
 
     def __repr__(self) -> str:
         return f"SigningKey({self.name}, <hidden>)"
@@ -251,6 +275,12 @@ def load_public(path: Path) -> PublicIdentity:
         raise KeyFileError(
             f"{path} is not a public key file of `fedcollm keys new`: ask its owner for NAME.pub"
         ) from None
+
+
+def _require_pae(pae: bytes) -> None:
+    # Signed without our domain, so that outside tools verify it; the prefix keeps it apart from every message of ours.
+    if type(pae) is not bytes or not pae.startswith(b"DSSEv1 "):
+        raise InvalidValue("pae", type(pae).__name__, 'bytes that begin with "DSSEv1 ", as dsse.pae makes them')
 
 
 def _require_passphrase(passphrase: bytes) -> None:

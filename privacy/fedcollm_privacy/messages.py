@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import rfc8785
 from numpy.typing import NDArray
 
 from fedcollm_privacy import _validate
 from fedcollm_privacy.ckks_parameters import CkksParameters
 from fedcollm_privacy.errors import InvalidValue
+from fedcollm_privacy.reservation import Ran
 
 __all__ = [
     "AdapterSpec",
@@ -35,6 +37,7 @@ __all__ = [
     "TrainRequest",
     "canonical_json",
     "digest_of",
+    "parse_json",
     "vector_digest",
 ]
 
@@ -43,8 +46,22 @@ Int64 = NDArray[np.int64]
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces; NaN and infinity are refused, so equal values have equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """JSON in the one spelling of RFC 8785; ValueError for NaN, infinity, and integers beyond 2^53 - 1."""
+    return rfc8785.dumps(value)
+
+
+def parse_json(data: bytes) -> Any:
+    """What `canonical_json` wrote: whole numbers beyond 2^53 - 1 are floats, since no other kind has that spelling.
+
+    Raises:
+        ValueError: no JSON, or not UTF-8.
+        RecursionError: a nest without end.
+    """
+    return json.loads(data, parse_int=_whole)
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 16 and abs(int(digits)) < 2**53 else float(digits)
 
 
 def digest_of(value: Any) -> str:
@@ -229,11 +246,13 @@ class PrivateUpdate:
 
     Attributes:
         reservation: digest of the ledger entry that paid for it; ``"non-private"`` where nothing was paid.
+        ran: what the private steps say of themselves; None where none were taken.
     """
 
     vector: Float32 = field(repr=False)
     spec_digest: str
     reservation: str
+    ran: Ran | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vector", _frozen(self.vector, np.float32, "vector"))
@@ -244,10 +263,14 @@ class NoisySum:
     """Clipped gradients of one step, summed, with the site's noise: ``grid * grid_step``, int64 [d]; stays at the site.
 
     With distributed noise it is private only as part of a sum.
+
+    Attributes:
+        ran: what the step says of itself.
     """
 
     grid: Int64 = field(repr=False)
     grid_step: float
+    ran: Ran | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _frozen(self.grid, np.int64, "grid"))
@@ -294,6 +317,11 @@ class OpenedSum:
     def __post_init__(self) -> None:
         object.__setattr__(self, "total", _frozen(self.total, np.int64, "total"))
 
+    @property
+    def total_digest(self) -> str:
+        """SHA-256 of the sum's little-endian bytes."""
+        return hashlib.sha256(np.ascontiguousarray(self.total, dtype="<i8").data).hexdigest()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
@@ -321,7 +349,6 @@ class Settlement:
         unit: ``record`` or ``person``; ``"none"`` in a non-private run.
         steps: DP-SGD steps reserved in this run, those of broken attempts included.
         clipped_fraction: share of the last update's coordinates that saturated on the grid, in [0, 1].
-        ledger_head: digest of the ledger's last entry.
     """
 
     site: str
@@ -332,11 +359,11 @@ class Settlement:
     unit: str
     steps: int
     clipped_fraction: float
-    ledger_head: str
 
     def __post_init__(self) -> None:
         _validate.public_name(site=self.site)
         _validate.one_of(("record", "person", "none"), unit=self.unit)
         _validate.integer_at_least(0, steps=self.steps)
+        _validate.in_range(0, 2**53 - 1, steps=self.steps)
         _validate.in_range(-1, 1e9, epsilon=self.epsilon, charged=self.charged)
         _validate.in_range(0, 1, delta=self.delta, clipped_fraction=self.clipped_fraction)

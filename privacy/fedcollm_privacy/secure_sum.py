@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Protocol
 
@@ -161,12 +162,15 @@ class MaskedSum:
             answers = self._ask("agree", survivors.survivors, encode(survivors))
             agreed = coordinator.agree(surviving, answers)
             signatures = {site: agreement.signature.hex() for site, agreement in agreed.agreements.items()}
-            self._witness("agreed", plan=plan.digest, survivors=survivors.digest, signatures=signatures)
+            self._witness(
+                "agreed", plan=plan.digest, survivors=survivors.digest, set=asdict(survivors), signatures=signatures
+            )
             answers = self._ask("unmask", tuple(agreed.agreements), encode(agreed.request))
             masks, wrong = coordinator.remaining_masks(agreed, answers)
             if agreed.failed or wrong:
                 self._witness("faults", plan=plan.digest, sites={**agreed.failed, **wrong})
             opened = self._decryptor.open_sum(plan, self._sealed_sum(agreed, masks))
+            self._witness("summed", plan=plan.digest, cohort=list(opened.cohort), total=opened.total_digest)
         except OpeningRefused as error:
             raise RoundLost(str(error)) from error
         finally:

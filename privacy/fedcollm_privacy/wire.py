@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import struct
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -39,6 +38,7 @@ from fedcollm_privacy.messages import (
     Settlement,
     TrainRequest,
     canonical_json,
+    parse_json,
 )
 from fedcollm_privacy.secure_sum_messages import (
     Advertisement,
@@ -56,6 +56,8 @@ from fedcollm_privacy.secure_sum_messages import (
     UploadManifest,
     UploadPart,
 )
+from fedcollm_privacy.statement_messages import Endorsement, StatementOffer
+from fedcollm_privacy.tree_heads import HeadRequest, SignedHead, WitnessedHead
 
 __all__ = ["MAX_BYTES", "decode", "encode"]
 
@@ -80,6 +82,11 @@ KINDS: dict[int, type[Any]] = {
     20: UnmaskShares,
     21: PeerShares,
     22: Ready,
+    23: HeadRequest,
+    24: SignedHead,
+    25: WitnessedHead,
+    26: StatementOffer,
+    27: Endorsement,
 }
 _NESTED = (RoundPlan, CkksParameters, DpTerms)
 MAX_BYTES = 2**31
@@ -98,7 +105,7 @@ _BINARY: dict[type[Any], dict[str, Any]] = {
     for kind, hints in _HINTS.items()
 }
 
-_MAGIC, _VERSION = b"FCLM", 2
+_MAGIC, _VERSION = b"FCLM", 3
 _PREFIX = struct.Struct("<4sHHQ")
 _LENGTH, _COUNT = struct.Struct("<Q"), struct.Struct("<I")
 _DIGEST_BYTES = 32
@@ -206,7 +213,7 @@ def _read_part(reader: _Reader, hint: Any) -> Any:
 
 def _parse_header(raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         # Only the canonical form: no NaN, no infinity, no repeated key, one spelling per number.
         canonical = canonical_json(header) == raw
     except (ValueError, RecursionError) as error:
@@ -237,7 +244,7 @@ def _scalar(hint: Any, value: Any) -> Any:
         return None if value is None and nothing is NoneType else _scalar(inner, value)
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_scalar(get_args(hint)[0], item) for item in value)
-    # JSON keeps 1 and 1.0 apart and so must we: a plan's digest depends on it.
+    # A float that is whole is spelled like an integer and is read as one; digests do not tell the two apart.
     allowed: tuple[type, ...] = (int, float) if hint is float else (hint,) if hint in (str, int, bool) else ()
     if type(value) not in allowed:
         raise ProtocolError("a header field has a value of the wrong type")

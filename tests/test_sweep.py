@@ -1,0 +1,500 @@
+"""Sweeps: grids by Hydra's grammar, no private records, and real tiny runs that fail, are killed and go on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fedcollm_privacy.errors import ConfigError, InvalidValue
+from secure_fedcollm import sweep as sweep_module
+from secure_fedcollm import sweep_cli
+from secure_fedcollm.cli import compose_config
+from secure_fedcollm.sweep import fitting_jobs, run_cells, sweep_lock
+from secure_fedcollm.sweep_cells import Axis, Cell, Outcome, kept_cells, new_cells
+from secure_fedcollm.sweep_cli import parse_grid, sweep
+
+from .test_run import SMALL, write_notes
+
+PUBLIC = ["data.path=notes.jsonl", "data.declared=public", "model.slm=small", "model.llm=large"]
+
+
+def axes(**lists: Sequence[str]) -> list[Axis]:
+    return [Axis(field=field.replace("__", "."), values=tuple(values)) for field, values in lists.items()]
+
+
+# ---------------------------------------------------------------------------------------------- grids
+
+
+def test_lists_are_the_grid_by_hydras_own_grammar() -> None:
+    words = ["method=fedavg,fedcollm", "seed=range(0,3)", "data.site_names=[a,b],[c]", "name='a,b'", "~privacy"]
+    grid, fixed = parse_grid([*words, "model.slm=choice(x,y)", "data.path=/a folder/notes.jsonl"])
+    assert [(axis.field, axis.values) for axis in grid] == [
+        ("method", ("fedavg", "fedcollm")),
+        ("seed", ("0", "1", "2")),
+        ("data.site_names", ("[a,b]", "[c]")),
+        ("model.slm", ("x", "y")),
+    ]
+    assert fixed == ["name='a,b'", "~privacy", "data.path=/a folder/notes.jsonl"]
+
+
+def test_quoted_values_come_through_as_they_were_meant(tmp_path: Path) -> None:
+    grid, _ = parse_grid(["name=\"it's, a\",'b = c',d"])
+    cells = new_cells(tmp_path, grid, PUBLIC, compose_config)
+    assert [cell.config and cell.config["name"] for cell in cells] == ["it's, a", "b = c", "d"]
+
+
+@pytest.mark.parametrize("word", ["seed=interval(0,3)", "method=glob(fed*)", "seed=1,", "seed=1,1", "a=[1,2"])
+def test_what_cannot_be_listed_is_refused_by_its_word(word: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(word.partition("=")[0])):
+        parse_grid([word])
+
+
+@settings(max_examples=15)
+@given(
+    lists=st.dictionaries(
+        st.sampled_from(["seed", "adapter.r", "federation.rounds", "distillation.top_k"]),
+        st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_cells_are_every_combination_once_with_names_that_are_files(
+    lists: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("sweep")
+    grid = [Axis(field=field, values=tuple(map(str, values))) for field, values in lists.items()]
+
+    def compose(words: list[str]) -> dict[str, Any]:
+        content = json.loads(json.dumps(BASE))
+        for word in words:
+            *path, last = word.partition("=")[0].split(".")
+            inner = content
+            for key in path:
+                inner = inner[key]
+            inner[last] = int(word.partition("=")[2])
+        return content
+
+    cells = new_cells(folder, grid, [], compose)
+    expected = {tuple(zip(lists, map(str, chosen), strict=True)) for chosen in itertools.product(*lists.values())}
+    assert {tuple(cell.values.items()) for cell in cells} == expected
+    assert len({cell.name for cell in cells}) == len(cells) == len(expected)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", cell.name) for cell in cells)
+    assert sorted(kept_cells(folder), key=lambda c: c.name) == sorted(cells, key=lambda c: c.name)
+    for cell in cells:
+        assert cell.config is not None
+        assert all(str(cell.config.get(f, 0) or cell.config) for f in lists)
+
+
+BASE = compose_config([*PUBLIC, "method=fedcollm"])
+
+
+def test_null_for_epsilon_is_a_run_without_dp_and_drops_what_only_dp_needs(tmp_path: Path) -> None:
+    fixed = [*PUBLIC, "privacy.expected_batch_size=8", "privacy=strict"]
+    plain, private = new_cells(tmp_path, axes(privacy__epsilon=["null", "2"]), fixed, compose_config)
+    assert plain.config is not None
+    assert private.config is not None
+    assert (plain.config["private"], plain.config["privacy"]) == (False, None)
+    assert private.config["private"] is True
+    assert (private.config["privacy"]["epsilon"], private.config["privacy"]["expected_batch_size"]) == (2, 8)
+    same = {"privacy": None, "private": None, "output_dir": None}
+    assert {**plain.config, **same} == {**private.config, **same}
+    (embedded,) = new_cells(
+        tmp_path, [], ["privacy.epsilon=null"], compose_config
+    )  # its experiment sets privacy fields
+    assert embedded.config is not None
+    assert embedded.config["privacy"] is None
+
+
+@pytest.mark.parametrize("declared", [["data.declared=private"], []])  # own data is private unless told otherwise
+def test_private_records_are_never_swept(tmp_path: Path, declared: list[str]) -> None:
+    fixed = [w for w in PUBLIC if "declared" not in w] + ["data.partition=column", "data.site_field=site", *declared]
+    with pytest.raises(ConfigError, match="only when the best trial alone is ever seen"):
+        new_cells(tmp_path, axes(seed=["0", "1"]), fixed, compose_config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_private_cell_stops_the_whole_sweep_before_anything_runs(tmp_path: Path) -> None:
+    fixed = [w for w in PUBLIC if "declared" not in w] + ["data.partition=column", "data.site_field=site"]
+    with pytest.raises(ConfigError, match=r"data\.declared"):
+        new_cells(tmp_path, axes(data__declared=["public", "synthetic", "private"]), fixed, compose_config)
+    assert list(tmp_path.iterdir()) == []
+    # A cell whose file was changed to private afterwards is not run either.
+    (cell, *_) = new_cells(tmp_path, axes(data__declared=["public", "synthetic"]), fixed, compose_config)
+    content = json.loads((cell.folder / "cell.json").read_text())
+    content["config"]["data"]["declared"] = "private"
+    (cell.folder / "cell.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"data\.declared"):
+        kept_cells(tmp_path)
+
+
+def test_a_field_is_given_once_and_folders_are_the_sweeps(tmp_path: Path) -> None:
+    for fixed in (["seed=1"], ["output_dir=x"], ["resume=x"]):
+        with pytest.raises(ConfigError, match=fixed[0].partition("=")[0]):
+            new_cells(tmp_path, axes(seed=["0", "1"]), [*PUBLIC, *fixed], compose_config)
+
+
+def test_settings_that_do_not_go_together_are_one_failed_cell_and_all_of_them_an_error(tmp_path: Path) -> None:
+    cells = new_cells(tmp_path, axes(adapter__r=["2", "0"]), PUBLIC, compose_config)
+    assert [cell.outcome.status for cell in cells] == ["waiting", "failed"]
+    assert "adapter.r" in cells[1].outcome.reason
+    with pytest.raises(ConfigError, match=r"adapter\.r"):
+        new_cells(tmp_path / "other", axes(adapter__r=["-1", "0"]), PUBLIC, compose_config)
+
+
+def test_a_cell_that_means_something_else_now_is_refused(tmp_path: Path) -> None:
+    new_cells(tmp_path, axes(seed=["0"]), PUBLIC, compose_config)
+    new_cells(tmp_path, axes(seed=["0"]), PUBLIC, compose_config)
+
+    def changed(words: list[str]) -> dict[str, Any]:
+        return {**compose_config(words), "name": "another default"}
+
+    with pytest.raises(ConfigError, match="have changed"):
+        new_cells(tmp_path, axes(seed=["0"]), PUBLIC, changed)
+
+
+def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
+    (cell,) = new_cells(tmp_path, axes(seed=["0"]), PUBLIC, compose_config)
+    (cell.folder / "cell.json").write_text("{")
+    with pytest.raises(ConfigError, match="delete that cell"):
+        kept_cells(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- scheduling
+
+
+def bare(folder: Path, device: str = "cpu", slm: str | None = None) -> Cell:
+    folder.mkdir(parents=True)
+    return Cell(folder=folder, axes=(), values={}, config={"device": device, "model": {"slm": slm, "llm": slm}})
+
+
+def test_the_runs_files_outrank_what_was_noted(tmp_path: Path) -> None:
+    cell = bare(tmp_path / "a")
+    assert cell.outcome.status == "waiting"
+    cell.note(Outcome(status="running", attempts=1))
+    cell.run.mkdir()
+    (cell.run / "summary.json").write_text("{}")
+    assert cell.outcome.status == "running"
+    (cell.run / "report.html").write_text("")
+    assert (cell.outcome.status, cell.outcome.seconds) == ("finished", None)  # nobody saw it end
+
+
+def test_two_sweeps_never_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "_LOCK_WAIT_S", 0.0)
+    with sweep_lock(tmp_path), pytest.raises(ConfigError, match="no other sweep"), sweep_lock(tmp_path):
+        pass
+    with sweep_lock(tmp_path):
+        pass
+
+
+class Machine:
+    """Stands for cells' processes that take a moment and for the machine's memory; records how many ran at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+        self.most, self.now, self.started = 0, 0, list[str]()
+        monkeypatch.setattr(sweep_module, "_PAUSE_S", 0.001)
+        monkeypatch.setattr(sweep_module, "_start", self.start)
+        monkeypatch.setattr(sweep_module, "_end", self.end)
+        monkeypatch.setattr(sweep_module, "_held", lambda pid: 1000)
+        monkeypatch.setattr(sweep_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+
+    def start(self, cell: Cell, jobs: int, lock: int) -> Any:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.started.append(cell.name)
+        polls = iter([None] * 4 + [0] * 99)
+        process = SimpleNamespace(poll=lambda: next(polls), pid=1, stdin=None, wait=lambda: 0)
+        return SimpleNamespace(cell=cell, process=process, peak_bytes=0)
+
+    def end(self, job: Any) -> Outcome:
+        self.now -= 1
+        return Outcome(status="finished")
+
+
+@pytest.mark.parametrize(("jobs", "available", "most"), [(1, 10**9, 1), (3, 10**9, 3), (9, 10**9, 5)])
+def test_no_more_run_than_are_allowed_and_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, available: int, most: int
+) -> None:
+    machine = Machine(monkeypatch, available)
+    cells = [bare(tmp_path / str(i)) for i in range(5)]
+    run_cells(cells, jobs=jobs, lock=0, tell=lambda cell, outcome: None)
+    assert machine.started == [cell.name for cell in cells]
+    assert machine.most == most
+
+
+def test_scarce_memory_holds_cells_back_but_never_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, available=999)
+    cells = [bare(tmp_path / str(i)) for i in range(4)]
+    cells[0].note(Outcome(status="waiting", peak_bytes=1000))
+    run_cells(cells, jobs=4, lock=0, tell=lambda cell, outcome: None)
+    assert (machine.most, len(machine.started)) == (1, 4)
+    with pytest.raises(InvalidValue, match="jobs"):
+        run_cells(cells, jobs=0, lock=0, tell=lambda cell, outcome: None)
+
+
+def test_an_interrupted_sweep_lets_go_of_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, available=10**9)
+    let_go = []
+
+    def start(cell: Cell, jobs: int, lock: int) -> Any:
+        job = machine.start(cell, jobs, lock)
+        job.process.stdin = SimpleNamespace(close=lambda: let_go.append(cell.name))
+        return job
+
+    def tell(cell: Cell, outcome: Outcome) -> None:
+        if cell.name == "1":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_module, "_start", start)
+    with pytest.raises(KeyboardInterrupt):
+        run_cells([bare(tmp_path / str(i)) for i in range(4)], jobs=3, lock=0, tell=tell)
+    assert let_go == ["0", "1"]
+
+
+def test_a_terminal_sees_what_is_under_way_and_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [bare(tmp_path / name) for name in ("done", "broken", "busy")]
+    cells[2].run.mkdir()
+    (cells[2].run / "metrics.jsonl").write_text('{"server_round": 3, "outcome": "opened"}\n{"server_r')
+
+    def stub(cells: Sequence[Cell], *, jobs: int, lock: int, tell: Callable[[Cell, Outcome], None]) -> None:
+        tell(cells[0], Outcome(status="finished", seconds=4.0, attempts=1))
+        tell(cells[1], Outcome(status="failed", reason="no such [red]file", seconds=1.0, attempts=1))
+        tell(cells[2], Outcome(status="running", attempts=1))
+
+    monkeypatch.setattr(sweep_cli, "run_cells", stub)
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        sweep_cli._run(cells, 1, 0, console)
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        text = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).split())
+        assert "broken: failed after 1 s: no such [red]file" in text
+        if terminal:
+            assert "1 finished · 1 running · 0 waiting · 1 failed" in text
+            assert re.search(r"broken.*no such \[red\]file", text.partition("1 finished")[2])
+            assert "round 3: opened" in text
+        else:
+            assert "done: finished after 4 s" in text
+
+
+def test_jobs_fit_cores_memory_and_accelerators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(gigabytes: float) -> None:
+        free = SimpleNamespace(available=int(gigabytes * 1e9))
+        monkeypatch.setattr(sweep_module.psutil, "virtual_memory", lambda: free)
+
+    monkeypatch.setattr(sweep_module, "cores", lambda: 8)
+    cells = [bare(tmp_path / str(i)) for i in range(20)]
+    room(100)
+    assert fitting_jobs(cells) == 8
+    assert fitting_jobs(cells[:3]) == 3
+    room(2.5)
+    assert fitting_jobs(cells) == 2
+    room(0.1)
+    assert fitting_jobs(cells) == 1
+    room(100)
+    assert fitting_jobs([bare(tmp_path / "gpu", device="cuda"), *cells]) == 1
+    model = tmp_path / "model"
+    model.mkdir()
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(3_000_000_000)
+    assert fitting_jobs([bare(tmp_path / "large", slm=str(model)), *cells]) == 4  # 1 + 4 * (3 + 3) GB each
+    assert fitting_jobs([bare(tmp_path / "hub", slm="some/model"), *cells]) == 8  # 9 GB each
+
+
+# ---------------------------------------------------------------------------------------------- real runs
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> list[str]:
+    notes = write_notes(tmp_path_factory.mktemp("notes") / "notes.jsonl", 3, 40)
+    small = [word for word in SMALL if not word.startswith(("federation.rounds", "evaluation.generations"))]
+    return [
+        f"data.path={notes}",
+        "data.partition=column",
+        "data.site_field=site",
+        "data.declared=public",
+        "data.public_fraction=0.2",
+        f"model.llm={tiny_checkpoint('llama', width=64)}",
+        "federation.rounds=2",
+        "evaluation.generations=0",
+        *small,
+    ]
+
+
+@pytest.fixture(scope="module")
+def grid(fixed: list[str], tiny_checkpoint: Callable[..., Path]) -> list[str]:
+    slm = f"model.slm={tiny_checkpoint('llama')}"
+    return [*fixed, slm, "privacy.epsilon=null", "seed=0,1", "method=fedavg,standalone"]
+
+
+@pytest.fixture(scope="module")
+def whole(grid: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
+    """A 2 x 2 sweep that nothing interrupted, and its table."""
+    folder = tmp_path_factory.mktemp("whole")
+    sweep([*grid, f"sweep_dir={folder}"], jobs=2, quiet=True)
+    return folder, table(folder)
+
+
+def table(folder: Path) -> dict[str, dict[str, str]]:
+    """results.csv by cell, without what no second sweep could repeat."""
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["cell"]: {k: v for k, v in row.items() if k != "seconds"} for row in rows}
+
+
+def test_a_sweep_is_ordinary_runs_and_their_table(whole: tuple[Path, dict[str, dict[str, str]]]) -> None:
+    folder, rows = whole
+    assert len(rows) == 4
+    assert {(row["method"], row["seed"]) for row in rows.values()} == {
+        (method, seed) for method in ("fedavg", "standalone") for seed in "01"
+    }
+    for name, row in rows.items():
+        run = folder / "cells" / name / "run"
+        summary = json.loads((run / "summary.json").read_text())
+        assert row["status"] == "finished"
+        assert float(row["slm_loss_after"]) == summary["slm"]["after"]["loss"]
+        assert float(row["slm_gain"]) == summary["slm"]["before"]["loss"] - summary["slm"]["after"]["loss"] != 0
+        assert int(row["bytes_up"]) == summary["bytes_up"]
+        assert (row["worst_site"] != "") == (row["method"] == "standalone")
+        for left in ("statement.json", "slm_adapter", "transcript.jsonl", "metrics.jsonl", "config.yaml"):
+            assert (run / left).exists()
+    assert "4 of 4 runs finished" in (folder / "sweep.html").read_text()
+    outcomes = [cell.outcome for cell in kept_cells(folder)]
+    assert all(o.attempts == 1 and (o.seconds or 0) > 0 and o.peak_bytes > 10**8 for o in outcomes)
+
+
+BEGUN = "cells/*fedavg*/run/metrics.jsonl"
+
+
+def inside(folder: Path) -> list[psutil.Process]:
+    """Processes that were told to work in this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(folder) in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_same_table(
+    grid: list[str], whole: tuple[Path, dict[str, dict[str, str]]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    # The two quick runs are done, as if they had been the first; the two of the secure sum are killed half way.
+    for done in whole[0].glob("cells/*standalone*"):
+        shutil.copytree(done, folder / "cells" / done.name)
+    finished = list(folder.glob("cells/*/run/summary.json"))
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished}
+    assert len(finished) == 2
+    code = "import sys; from secure_fedcollm.sweep_cli import sweep; sweep(sys.argv[1:], jobs=2, quiet=True)"
+    process = subprocess.Popen([sys.executable, "-c", code, *grid, f"sweep_dir={folder}"], env=dict(os.environ))
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not list(folder.glob(BEGUN)):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the sweep ended before it could be killed"
+    begun = list(folder.glob(BEGUN))
+    assert begun
+    assert not (folder / "results.csv").exists()
+    # Its cells end with it: nobody trains in a folder that the next sweep takes over.
+    while time.monotonic() < deadline and inside(folder):
+        time.sleep(0.05)
+    assert inside(folder) == []
+    run_id = (begun[0].parent / "run.json").read_text()
+
+    sweep([f"sweep_dir={folder}"], jobs=2, quiet=True)
+
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in finished} == before  # not run again
+    assert (begun[0].parent / "run.json").read_text() == run_id  # resumed, and not begun anew
+    attempts = {cell.name: cell.outcome.attempts for cell in kept_cells(folder)}
+    assert attempts[begun[0].parent.parent.name] == 2
+    assert table(folder) == whole[1]
+
+
+def test_a_failing_cell_is_told_and_the_rest_goes_on(
+    fixed: list[str], tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "failing"
+    good, missing = tiny_checkpoint("llama"), tmp_path / "no_such_model"
+    words = [*fixed, "method=standalone", "federation.rounds=1", "privacy.epsilon=3", f"model.slm={good},{missing}"]
+    words = [word for word in words if word != "federation.rounds=2" and not word.startswith("adapter.r=")]
+    with pytest.raises(typer.Exit):
+        sweep([*words, "adapter.r=2,0", f"sweep_dir={folder}"], jobs=2, quiet=True)
+    rows = table(folder).values()
+    found = {(row["model.slm"], row["adapter.r"]): row for row in rows}
+    assert {key: row["status"] for key, row in found.items()} == {
+        (str(good), "2"): "finished",
+        (str(missing), "2"): "failed",
+        (str(good), "0"): "failed",
+        (str(missing), "0"): "failed",
+    }
+    assert "no_such_model" in found[str(missing), "2"]["reason"]
+    assert "adapter.r" in found[str(good), "0"]["reason"]
+    assert 0 < float(found[str(good), "2"]["epsilon"]) <= 3
+    page = (folder / "sweep.html").read_text()
+    assert "3 runs are missing" in page
+    assert "What is missing" in page
+    assert "looking at all 1 runs would cost" in page  # the price comes from the plan in the run's ledgers
+
+
+def test_a_cell_ends_when_its_sweep_lets_go(tmp_path: Path) -> None:
+    code = (
+        "import threading, time; from secure_fedcollm.sweep_child import _end_with_the_sweep as end; "
+        "threading.Thread(target=end, daemon=True).start(); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    time.sleep(0.5)
+    assert process.poll() is None
+    if process.stdin is not None:
+        threading.Timer(0.1, process.stdin.close).start()
+    assert process.wait(timeout=30) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "reason"),
+    [
+        (2, b"warning\nfedcollm: adapter.r = 0 is not allowed\n\n", "adapter.r = 0 is not allowed"),
+        (1, b"Traceback\n  File\nValueError: odd\n", "ValueError: odd"),
+        (-9, b"anything", "ended by SIGKILL; most often memory ran out"),
+        (-11, b"", "ended by SIGSEGV"),
+        (3, b"", "code 3 and said nothing"),
+        (0, b"\xff\xfe", "\ufffd"),
+    ],
+)
+def test_the_reason_of_a_failure_is_one_line(code: int, log: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(log)
+    with path.open("rb") as file:
+        told = sweep_module._reason(code, file)
+    assert reason in told
+    assert "\n" not in told
+
+
+def test_nothing_to_sweep_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lists of values"):
+        sweep([f"sweep_dir={tmp_path / 'none'}"], quiet=True)
+    with pytest.raises(ConfigError, match="one folder"):
+        sweep(["sweep_dir=a", "sweep_dir=b"], quiet=True)
+    assert list(tmp_path.iterdir()) == []
