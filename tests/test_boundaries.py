@@ -21,6 +21,7 @@ HOMES = {
     "dp_accounting": {"accounting", "tuning"},  # what steps cost; what choosing among runs costs
     "hydra": {"cli", "sweep_cli"},  # composes there; tells lists from values here
     "matplotlib": {"figures"},
+    "nvflare": {"flare_transport"},
     "opacus": {"per_sample", "cross_checks", "second_accountant"},  # gradients; its PRV accountant, twice
     "peft": {"models"},
     "rouge_score": {"evaluation"},
