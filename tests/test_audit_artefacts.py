@@ -118,6 +118,18 @@ def test_random_weights_hold_no_key(tmp_path: Path) -> None:
         assert not keys_in(tmp_path / "weights")
 
 
+def test_a_run_that_is_called_private_beside_a_digest_is_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "north.rounds.sqlite"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE signed (run_id TEXT, server_round INTEGER, plan TEXT)")
+        for server_round in range(1, 100):
+            db.execute("INSERT INTO signed VALUES (?, ?, ?)", ("embedded-non-private-0a", server_round, "ab" * 32))
+    db.close()
+    assert keys_in(path) == []
+    (tmp_path / "note.json").write_text('{"private_key": "%s"}' % ("ab" * 32))
+    assert keys_in(tmp_path / "note.json") != []
+
+
 def test_a_key_across_two_reads_is_found(tmp_path: Path) -> None:
     for before in (2**24 - 1, 2**24 - 12):
         (tmp_path / "file").write_bytes(bytes(before) + b"fedcollm-private-key-v1 ash")

@@ -59,6 +59,8 @@ def start(tmp_path: Path, notes: Path, tiny_checkpoint: Callable[..., Path]) -> 
             "distillation.steps=1",
             *overrides,
         ]
+        if "private=false" in overrides:
+            given = [o for o in given if not o.startswith("privacy.")] + ["~privacy"]
         plain = compose_config(given)
         config = build(Config, plain)
         return run(config, RunFolder.create(config.output_dir, config.name, plain), RunProgress(quiet=True))
@@ -160,6 +162,17 @@ def test_a_policy_that_wants_more_sites_than_a_round_has_declines_it(
         start()
     logged = read_refusals(tmp_path / "home" / "ledgers" / "s00.refusals.jsonl")
     assert [entry["server_round"] for entry in logged] == [1, 2]
+
+
+def test_no_exception_is_needed_where_nothing_is_trained_and_one_is_where_nothing_protects(
+    start: Start, notes: Path, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    base = base_digest_of(str(tiny_checkpoint("llama")), "float32")
+    for site in SITES:
+        policy_of(tmp_path / "home", site, notes, base, exceptions=())
+    start("method=zero_shot", "federation.rounds=0")
+    with pytest.raises(PolicyRefused, match="exceptions"):
+        start("private=false", output="open")
 
 
 @pytest.mark.parametrize("overrides", [["data.partition=iid"], ["method=centralised_slm"]])

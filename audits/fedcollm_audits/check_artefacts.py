@@ -62,7 +62,8 @@ _HIDDEN: Final = tuple(
 )
 _WORDS: Final = (b"secret", b"private", b"seed")
 _VALUE = re.compile(
-    rb"[A-Za-z0-9_.-]{0,40}[^A-Za-z0-9+/]{0,8}(?:[0-9A-Fa-f]{64}|[A-Za-z0-9+/_-]{43}=)(?![0-9A-Za-z+/=])"
+    rb"[A-Za-z0-9_.-]{0,40}[^A-Za-z0-9+/]{0,4}[:=>][^A-Za-z0-9+/]{0,4}"
+    rb"(?:[0-9A-Fa-f]{64}|[A-Za-z0-9+/_-]{43}=)(?![0-9A-Za-z+/=])"
 )
 
 
@@ -97,7 +98,8 @@ def keys_in(path: Path) -> list[str]:
             for what, marker in _HIDDEN:
                 if what not in found and (marker in runs or marker in lower):
                     found[what] = None
-            if _holds_named_secret(data):
+            # In a database no name stands beside its value, but a run's name may, and it may say "private".
+            if path.suffix != ".sqlite" and _holds_named_secret(data):
                 found["32 bytes in a field that is named a secret, a private key or a seed"] = None
             tail = data[-_OVERLAP:]
     return list(found)
