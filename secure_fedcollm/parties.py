@@ -57,18 +57,22 @@ def identity_of(name: str) -> SigningKey:
     """
     folder = home() / "keys"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{name}.key"
+    path, public = folder / f"{name}.key", folder / f"{name}.pub"
     if not path.exists():
-        key = SigningKey.generate(name)
+        public.unlink(missing_ok=True)  # of a key that is gone
         try:
-            save_key(key, path, None)
+            save_key(SigningKey.generate(name), path, None)
         except KeyFileError:
-            if not path.exists():
+            if not path.exists():  # else another run made it a moment ago
                 raise
-            return load_key(path, None)  # another run made it a moment ago
-        (folder / f"{name}.pub").unlink(missing_ok=True)
-        save_public(key.public, folder / f"{name}.pub")
-    return load_key(path, None)
+    key = load_key(path, None)
+    if not public.exists():
+        try:
+            save_public(key.public, public)
+        except KeyFileError:
+            if not public.exists():
+                raise
+    return key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,7 +97,7 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
         folder.append_metrics(row)
         folder.save_checkpoint(Checkpoint(server_round=server_round, state=state), parts.slm.spec.digest)
         folder.drop_opened()
-        progress.say(_line(row, result.reason))
+        progress.say(_line(row, result))
     rows = folder.metrics()
     if config.federation.rounds > 0 and all(row["outcome"] in ("before", "lost") for row in rows):
         raise FedCollmError(
@@ -176,7 +176,7 @@ def _observed(parts: Assembly) -> dict[str, dict[str, float]]:
     }
 
 
-def _line(row: Mapping[str, Any], reason: str) -> str:
+def _line(row: Mapping[str, Any], result: RoundOutcome) -> str:
     text = f"round {row['server_round']}: {row['outcome']}"
     for name in ("slm", "llm"):
         if row[name]:
@@ -185,7 +185,10 @@ def _line(row: Mapping[str, Any], reason: str) -> str:
         text += f" · ε so far {max(row['epsilon'].values()):.2f}"
     if row["left_out"]:
         text += " · left out: " + ", ".join(f"{site} ({code})" for site, code in sorted(row["left_out"].items()))
-    return text + (f" · {reason}" if reason else "")
+    if result.distrusted:
+        told = ", ".join(f"{site} ({reason})" for site, reason in sorted(result.distrusted.items()))
+        text += f" · ledger not counter-signed, ask its administrator: {told}"
+    return text + (f" · {result.reason}" if result.reason else "")
 
 
 def _measure(parts: Assembly, state: State, progress: RunProgress) -> Measured:

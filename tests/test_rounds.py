@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fedcollm_privacy.messages import Settlement
 from fedcollm_privacy.secure_sum_messages import UploadManifest
 from fedcollm_privacy.wire import encode
 from secure_fedcollm.rounds import Federation, RoundOutcome, State, Uploads, _settled
+from secure_fedcollm.run import _line
 from secure_fedcollm.transcript import Transcript
 from secure_fedcollm.transport import Reply
 
@@ -53,6 +54,16 @@ def test_no_site_settles_for_another(tmp_path: Path) -> None:
     outcome = RoundOutcome(outcome="lost", state=State(slm=np.zeros(2, np.float32), llm=np.zeros(2, np.float32)))
     settled = _settled(federation, round_plan(), outcome).settlements
     assert [told.site for told in settled] == ["a"]
+
+
+def test_a_ledger_that_was_not_counter_signed_is_told_in_the_rounds_line() -> None:
+    row = {"server_round": 3, "outcome": "opened", "slm": None, "llm": None, "epsilon": {}, "left_out": {}}
+    state = State(slm=np.zeros(2, np.float32), llm=np.zeros(2, np.float32))
+    sound = RoundOutcome(outcome="opened", state=state)
+    assert "counter-signed" not in _line(row, sound)
+    told = _line(row, replace(sound, distrusted={"b": "contradicts"}))
+    assert "not counter-signed" in told
+    assert "b (contradicts)" in told
 
 
 def test_an_upload_in_anothers_name_or_of_another_round_is_not_taken(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A signature covers ``"fedcollm/v1/" purpose NUL message``. Purposes are a closed list of words without NUL, so no byte
 string can be read as two purposes and a signature made for one never holds for another. Ed25519 as in RFC 8032, by
-the library ``cryptography``.
+the library ``cryptography``. The one other thing a key signs is a DSSE envelope's ``DSSEv1 ...``
+(`SigningKey.sign_pae`), which can be no message of this domain: its first byte is another.
 
 A signature says which *key* signed. Which party a key belongs to is said by the roster alone, and whether a message is
 fresh by what is signed (round, plan digest), not here.
