@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
-import numpy as np
+from pathlib import Path
 
 from fedcollm_privacy.aggregator import Aggregator
 from fedcollm_privacy.decryptor import Decryptor
-from fedcollm_privacy.entries import Cap
 from fedcollm_privacy.errors import ConfigError, FedCollmError
 from fedcollm_privacy.head_witness import HeadWitness
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger import Ledger
-from fedcollm_privacy.plan import DpPlan, calibrate
+from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.roster import Roster
 from fedcollm_privacy.secure_sum import MaskedSum
 from secure_fedcollm import data as federation_data
+from secure_fedcollm.alignment import check_tokenizers, tokenize_public
 from secure_fedcollm.config import Config
 from secure_fedcollm.data import FederationData, SiteData
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.heads import LedgerHeads
-from secure_fedcollm.models import AdaptedModel, check_same_tokenizer, load, use_fitting_threads
-from secure_fedcollm.parties import Parties, home, ledger_dir
+from secure_fedcollm.home import home
+from secure_fedcollm.models import AdaptedModel, load, use_fitting_threads
+from secure_fedcollm.parties import Parties, ledger_dir
 from secure_fedcollm.pretraining import embedded_pair
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.records import Record
-from secure_fedcollm.rounds import Federation, State
+from secure_fedcollm.rounds import Federation, Offers, State
 from secure_fedcollm.server import Server
-from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
+from secure_fedcollm.site import Site
+from secure_fedcollm.site_assembly import SiteSide, commit, open_site, plan_of, require_same_caps, tokens_of
 from secure_fedcollm.site_guard import SiteGuard
-from secure_fedcollm.tokenization import TokenDataset, tokenize
-from secure_fedcollm.training import LocalTraining, records_of_units
+from secure_fedcollm.terms import RunTerms, dp_terms, terms_of
+from secure_fedcollm.tokenization import TokenDataset
+from secure_fedcollm.training import records_of_units
 from secure_fedcollm.transcript import Transcript
-from secure_fedcollm.transport import InProcessTransport
+from secure_fedcollm.transport import InProcessTransport, Transport
 
-__all__ = ["Assembly", "assemble"]
+__all__ = ["Assembly", "assemble", "connect", "load_models", "scored"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,7 @@ class Assembly:
         plans: for every site of a private run, its privacy plan.
         server_key: signs the statement.
         roster: of all parties.
+        deployed: whether the sites are on machines of their own; then nothing of theirs is here.
     """
 
     config: Config
@@ -67,6 +72,7 @@ class Assembly:
     plans: dict[str, DpPlan]
     server_key: SigningKey
     roster: Roster
+    deployed: bool
 
 
 def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assembly:
@@ -85,72 +91,60 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
     if config.federation.pool:
         data = _pooled(data)
     _check_sites(config, data)
-    slm, llm = _models(config, folder, progress)
+    slm, llm = load_models(config, folder, progress)
     test, test_source = _test_records(config, data)
     site_model = slm if config.federation.site_model == "slm" else llm
-    sites = []
+    parties = Parties.of(config, folder, tuple(site_data.name for site_data in data.sites))
+    terms = terms_of(
+        config,
+        run_id=folder.run_id,
+        roster=parties.roster,
+        spec=site_model.shared_spec(config.adapter.aggregation),
+        append_eos=data.append_eos,
+    )
     with progress.stage("load", "tokenise, calibrate noise, commit plans", 2 * len(data.sites)) as step:
         tokens = {}
         for site_data in data.sites:
-            tokens[site_data.name] = tokenize(
-                site_data.train, site_model.tokenizer, max_length=config.data.max_length, append_eos=data.append_eos
-            )
+            tokens[site_data.name] = tokens_of(terms, site_data.train, site_model)
             step()
-        plans = _plans(config, tokens)
-        parties = Parties.of(config, folder, tuple(tokens))
+        plans = _plans(terms, tokens)
         guards = {name: parties.guard(config, folder, name, site_model.spec.base_model) for name in tokens}
-        ledgers = _ledgers(config, folder, parties, guards, plans)
+        ledgers = _ledgers(config, folder, parties, terms, guards, plans)
+        sites = list[Site]()
         for name in tokens:
-            sites.append(
-                _site(
-                    config,
-                    folder,
-                    progress,
-                    parties,
-                    guards[name],
-                    tokens[name],
-                    site_model,
-                    plans.get(name),
-                    ledgers.get(name),
-                )
+            side = SiteSide(
+                key=parties.sites[name],
+                roster=parties.roster,
+                guard=guards[name],
+                journal=ledger_dir(config, folder) / f"{name}.rounds.sqlite",
+                observable=config.data.declared != "private",
+                test_seed=None if config.privacy is None else config.privacy.insecure_test_seed,
+                persons_known=config.data.unit_field is not None,
+                progress=progress,
             )
+            opened = open_site(
+                terms,
+                side,
+                adapted=site_model,
+                tokens=tokens[name],
+                plan=plans.get(name),
+                ledger=ledgers.get(name),
+            )
+            sites.append(opened.site)
             step()
-    public_tokens = tokenize(
-        data.public_train, slm.tokenizer, max_length=config.data.max_length, append_eos=data.append_eos
-    )
-    server = Server(
-        config=config,
-        run_id=folder.run_id,
+    federation = connect(
+        config,
+        folder,
+        progress,
         slm=slm,
         llm=llm,
-        public_tokens=public_tokens,
-        sites=len(sites),
-        roster_digest=parties.roster.digest,
-        terms=next((plan.terms for plan in plans.values()), None),
-        gradient_plan=next(iter(plans.values())) if config.federation.release == "gradient" else None,
-        progress=progress,
-    )
-    transcript = Transcript(folder.path / "transcript.jsonl")
-    heads = None
-    if ledgers:
-        memory = ledger_dir(config, folder) / "server.heads.sqlite"
-        heads = LedgerHeads(witness=HeadWitness(memory, parties.server), roster=parties.roster)
-    transport = InProcessTransport({site.name: site.handle for site in sites})
-    federation = Federation(
-        server=server,
-        transport=transport,
-        secure_sum=MaskedSum(
-            aggregator=Aggregator(),
-            decryptor=Decryptor(parties.roster),
-            key=parties.server,
-            roster=parties.roster,
-            channel=transport,
-            witness=transcript.record,
-        ),
-        transcript=transcript,
-        keep=folder.keep_opened,
-        heads=heads,
+        data=data,
+        key=parties.server,
+        roster=parties.roster,
+        transport=InProcessTransport({site.name: site.handle for site in sites}),
+        heads=ledger_dir(config, folder) / "server.heads.sqlite",
         sites=tuple(sites),
+        gradient_plan=next(iter(plans.values())) if config.federation.release == "gradient" else None,
     )
     alone = {} if config.federation.exchange == "secure_sum" else {s.name: site_model.read() for s in sites}
     return Assembly(
@@ -167,6 +161,75 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         plans=plans,
         server_key=parties.server,
         roster=parties.roster,
+        deployed=False,
+    )
+
+
+def connect(
+    config: Config,
+    folder: RunFolder,
+    progress: RunProgress,
+    *,
+    slm: AdaptedModel,
+    llm: AdaptedModel,
+    data: FederationData,
+    key: SigningKey,
+    roster: Roster,
+    transport: Transport,
+    heads: Path,
+    sites: tuple[Site, ...] = (),
+    gradient_plan: DpPlan | None = None,
+    offers: Offers | None = None,
+) -> Federation:
+    """The server with all it needs, connected to its sites.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        progress: where a person sees the steps.
+        slm: the server's copy of the SLM.
+        llm: the LLM.
+        data: its public text is used.
+        key: the server's.
+        roster: of all parties.
+        transport: to the sites.
+        heads: file of what the server has counter-signed, over all runs.
+        sites: those in this process; none across machines.
+        gradient_plan: any site's plan, where sites send gradients.
+        offers: invites sites across machines.
+    """
+    server = Server(
+        config=config,
+        run_id=folder.run_id,
+        slm=slm,
+        llm=llm,
+        public_tokens=tokenize_public(
+            data.public_train, slm, llm, max_length=config.data.max_length, append_eos=data.append_eos
+        ),
+        sites=len(transport.sites),
+        roster_digest=roster.digest,
+        terms=dp_terms(config.privacy, config.federation),
+        gradient_plan=gradient_plan,
+        progress=progress,
+    )
+    transcript = Transcript(folder.path / "transcript.jsonl")
+    with_ledgers = config.privacy is not None and config.federation.rounds > 0
+    return Federation(
+        server=server,
+        transport=transport,
+        secure_sum=MaskedSum(
+            aggregator=Aggregator(),
+            decryptor=Decryptor(roster),
+            key=key,
+            roster=roster,
+            channel=transport,
+            witness=transcript.record,
+        ),
+        transcript=transcript,
+        keep=folder.keep_opened,
+        heads=LedgerHeads(witness=HeadWitness(heads, key), roster=roster) if with_ledgers else None,
+        sites=sites,
+        offers=offers,
     )
 
 
@@ -194,12 +257,18 @@ def _pooled(data: FederationData) -> FederationData:
     )
 
 
-def _models(config: Config, folder: RunFolder, progress: RunProgress) -> tuple[AdaptedModel, AdaptedModel]:
+def load_models(config: Config, folder: RunFolder, progress: RunProgress) -> tuple[AdaptedModel, AdaptedModel]:
+    """SLM and LLM with their first adapters; without names the embedded pair, whose copies go into the run's folder.
+
+    Raises:
+        ModelError: one cannot be loaded, or they have different tokenizers.
+    """
     names = (config.model.slm, config.model.llm)
     if names[0] is None or names[1] is None:
         names = _embedded_models(folder, progress)
     loaded = []
-    for name, adapter_seed in zip(names, (config.seed, config.seed + 1), strict=True):
+    maps = (None, config.model.llm_device_map)
+    for name, adapter_seed, device_map in zip(names, (config.seed, config.seed + 1), maps, strict=True):
         with progress.stage("load", f"load {name}"):
             loaded.append(
                 load(
@@ -212,10 +281,11 @@ def _models(config: Config, folder: RunFolder, progress: RunProgress) -> tuple[A
                     target_modules=config.adapter.target_modules,
                     seed=adapter_seed,
                     activation_checkpointing=config.model.activation_checkpointing,
+                    device_map=device_map,
                 )
             )
     slm, llm = loaded
-    check_same_tokenizer(slm, llm)
+    check_tokenizers(slm, llm, config.distillation.alignment)
     use_fitting_threads(slm, llm)
     return slm, llm
 
@@ -238,110 +308,64 @@ def _test_records(config: Config, data: FederationData) -> tuple[tuple[Record, .
     else:
         chosen = [r for site in data.sites for r in site.held_out]
         source = f"held-out records of all sites (declared {config.data.declared})"
+    return scored(config, chosen), source
+
+
+def scored(config: Config, records: Sequence[Record]) -> tuple[Record, ...]:
+    """The records that metrics are taken on: at most ``evaluation.max_records`` of these, chosen by the seed."""
+    chosen = list(records)
     random.Random(config.seed).shuffle(chosen)  # noqa: S311 - which public records are scored is no secret
-    return tuple(chosen[: config.evaluation.max_records]), source
+    return tuple(chosen[: config.evaluation.max_records])
 
 
-def _plans(config: Config, tokens: dict[str, TokenDataset]) -> dict[str, DpPlan]:
+def _plans(terms: RunTerms, tokens: dict[str, TokenDataset]) -> dict[str, DpPlan]:
     """Each site's plan; none in a run without DP or rounds."""
-    privacy, federation = config.privacy, config.federation
-    if privacy is None or federation.rounds == 0:
-        return {}
     plans = {
-        name: calibrate(
-            target_epsilon=privacy.epsilon,
-            delta=privacy.delta,
-            unit=privacy.unit,
-            max_records_per_unit=privacy.max_records_per_unit,
-            max_grad_norm=privacy.max_grad_norm,
-            expected_batch_size=privacy.expected_batch_size,
-            steps_per_round=federation.local_steps,
-            rounds=federation.rounds,
-            units=len(records_of_units(site_tokens)),
-            clipping=privacy.clipping,
-            noise=privacy.noise,
-            least_honest=privacy.least_honest,
-            release=federation.release,
-            randomness="operating_system" if privacy.insecure_test_seed is None else "insecure_test_seed",
-        )
+        name: plan
         for name, site_tokens in tokens.items()
+        if (plan := plan_of(terms, len(records_of_units(site_tokens)))) is not None
     }
-    if federation.release == "update":
+    if terms.federation.release == "update":
         return plans
     # Sites share one grid, and with distributed noise rely on each other's shares: the largest noise serves all.
-    most = max(plan.noise_multiplier for plan in plans.values())
+    most = max((plan.noise_multiplier for plan in plans.values()), default=0.0)
     return {name: replace(plan, noise_multiplier=most) for name, plan in plans.items()}
 
 
 def _ledgers(
-    config: Config, folder: RunFolder, parties: Parties, guards: dict[str, SiteGuard], plans: dict[str, DpPlan]
+    config: Config,
+    folder: RunFolder,
+    parties: Parties,
+    terms: RunTerms,
+    guards: dict[str, SiteGuard],
+    plans: dict[str, DpPlan],
 ) -> dict[str, Ledger]:
     """Each private site's ledger with its plan committed; a plan that one site refuses is given up at the others."""
-    privacy = config.privacy
-    if config.federation.rounds > 0:  # without rounds no record is read
+    if terms.federation.rounds > 0:  # without rounds no record is read
         for name, guard in guards.items():
-            guard.check_privacy(plans.get(name), folder.run_id)
-    if privacy is None:
-        return {}
-    asked = Cap(epsilon=privacy.cap_epsilon, delta=privacy.cap_delta)
+            with _refusal_logged(guard, terms):
+                guard.check_privacy(plans.get(name))
     ledgers = {n: Ledger(ledger_dir(config, folder) / f"{n}.sqlite", parties.sites[n]) for n in plans}
+    for name, ledger in ledgers.items():
+        with _refusal_logged(guards[name], terms):
+            require_same_caps(terms, guards[name], ledger)
     committed = list[Ledger]()
     for name, ledger in ledgers.items():
-        guard = guards[name]
         try:
-            ledger.commit_plan(
-                run_id=folder.run_id,
-                data_set=guard.rule.name,
-                plan=plans[name],
-                caps=guard.caps(asked),
-                policy=guard.policy.digest,
-            )
-        except FedCollmError as refusal:
-            guard.log(refusal, folder.run_id, None)
+            with _refusal_logged(guards[name], terms):
+                commit(terms, guards[name], ledger, plans[name])
+        except FedCollmError:
             for other in committed:
-                other.abort(folder.run_id)
+                other.abort(terms.run_id)
             raise
         committed.append(ledger)
     return ledgers
 
 
-def _site(
-    config: Config,
-    folder: RunFolder,
-    progress: RunProgress,
-    parties: Parties,
-    guard: SiteGuard,
-    tokens: TokenDataset,
-    adapted: AdaptedModel,
-    plan: DpPlan | None,
-    ledger: Ledger | None,
-) -> Site:
-    privacy, federation, name = config.privacy, config.federation, guard.policy.site
-    budget: PrivateBudget | NonPrivate = NonPrivate(
-        steps=federation.local_steps,
-        batch_size=federation.batch_size,
-        seed=_seed_of(config.seed, name),
-    )
-    if privacy is not None and plan is not None and ledger is not None:
-        budget = PrivateBudget(
-            plan=plan,
-            ledger=ledger,
-            observable=config.data.declared != "private",
-            test_seed=privacy.insecure_test_seed,
-        )
-    return Site(
-        key=parties.sites[name],
-        contributor=parties.contributor(config, folder, name, guard.policy.opening),
-        guard=guard,
-        run_id=folder.run_id,
-        adapted=adapted,
-        tokens=tokens,
-        aggregation=config.adapter.aggregation,
-        budget=budget,
-        how=LocalTraining(learning_rate=federation.learning_rate, batch_tokens=federation.batch_tokens),
-        progress=progress,
-    )
-
-
-def _seed_of(seed: int, site: str) -> int:
-    return int(np.random.SeedSequence([seed, *site.encode()]).generate_state(1)[0])
+@contextmanager
+def _refusal_logged(guard: SiteGuard, terms: RunTerms) -> Iterator[None]:
+    try:
+        yield
+    except FedCollmError as refusal:
+        guard.log(refusal, terms.run_id, None)
+        raise

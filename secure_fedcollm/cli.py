@@ -19,9 +19,12 @@ from rich.table import Table
 
 from fedcollm_privacy.errors import ConfigError, FedCollmError
 from secure_fedcollm.config import Config
+from secure_fedcollm.deploy_cli import deploy_app
 from secure_fedcollm.keys_cli import keys_app
 from secure_fedcollm.ledger_cli import ledger_app
 from secure_fedcollm.policy_cli import policy_app
+from secure_fedcollm.service_cli import server, site_app
+from secure_fedcollm.status_table import status
 from secure_fedcollm.strict_build import build
 from secure_fedcollm.sweep_cli import sweep
 
@@ -31,6 +34,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(keys_app, name="keys")
 app.add_typer(policy_app, name="policy")
+app.add_typer(deploy_app, name="deploy")
+app.add_typer(site_app, name="site")
+app.command()(server)
+app.command()(status)
 app.command()(sweep)
 
 
@@ -80,7 +87,7 @@ def run(
     # Imported here because torch takes seconds, and errors in the configuration should not wait for it.
     from secure_fedcollm.folder import RunFolder
     from secure_fedcollm.progress import RunProgress
-    from secure_fedcollm.run import run as run_federation
+    from secure_fedcollm.run import run_embedded
 
     if config is None:
         folder, plain = RunFolder.resume(resumed[0])
@@ -90,7 +97,7 @@ def run(
     with RunProgress(quiet=quiet) as progress:
         _log_to(progress.console, quiet)
         progress.say(f"run {folder.run_id} in {folder.path}")
-        summary = run_federation(config, folder, progress)
+        summary = run_embedded(config, folder, progress)
     if not quiet:
         _show(summary, folder.path)
 
@@ -120,15 +127,14 @@ def _show(summary: Mapping[str, Any], path: Path) -> None:
         for column in ("site", "ε of this run", "δ", "unit", "steps", "ε on this data set", "cap"):
             budget.add_column(column, justify="left" if column in ("site", "unit") else "right")
         for site, row in summary["sites"].items():
-            if "epsilon_cap" in row:
+            if "epsilon_budget" in row:  # something was trained there
                 budget.add_row(
                     site,
                     f"{row['epsilon']:.3f}",
                     f"{row['delta']:.1e}",
                     row["unit"],
                     str(row["steps"]),
-                    f"{row['spent_on_data_set']:.3f}",
-                    f"{row['epsilon_cap']:.3f}",
+                    *(f"{row[key]:.3f}" if key in row else "–" for key in ("spent_on_data_set", "epsilon_cap")),
                 )
         console.print(budget)
     if summary["secrets"]:

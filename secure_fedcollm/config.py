@@ -96,12 +96,15 @@ class ModelConfig:
         llm: the large model.
         dtype: of the frozen base weights; adapters stay float32.
         activation_checkpointing: compute activations again in the backward pass: less memory, a third more time.
+        llm_device_map: spread the LLM's layers over all accelerators, by a strategy of transformers; null puts the LLM
+            whole on ``device``, where the SLM always is.
     """
 
     slm: str | None
     llm: str | None
     dtype: Literal["float32", "bfloat16"]
     activation_checkpointing: bool
+    llm_device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None
 
     def __post_init__(self) -> None:
         check(
@@ -194,6 +197,8 @@ class DistillationConfig:
         kd_weight: lambda, the weight of the KL term beside cross-entropy, on both sides.
         direction: ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher).
         top_k: keep the teacher's k largest probabilities and one bucket for the rest; null is the full vocabulary.
+        alignment: ``same`` refuses a pair with two tokenizers; ``common_support`` takes it and compares what both can
+            tell of (docs/distillation.md). With one tokenizer both are the same.
         train_slm: whether the SLM learns on D_a.
         train_llm: whether the LLM learns on D_a; false is the one-way method LLM -> SLM.
     """
@@ -204,6 +209,7 @@ class DistillationConfig:
     temperature: float
     direction: Literal["forward", "reverse"]
     top_k: int | None
+    alignment: Literal["same", "common_support"]
     train_slm: bool
     train_llm: bool
     slm_learning_rate: float

@@ -1,7 +1,8 @@
 """The federation's text: every site's records, held-out records, and the public set D_a, disjoint and checked.
 
-Reading, per ``DataConfig``: rows (``records.py``) become records (``tasks.py``), the public set is taken apart first,
-whole units go to sites (``partition.py``), and a share of each site's units is held out.
+Reading, per ``DataConfig``: rows (``records.py``) become records (``tasks.py``, ``items.py``), the public set is taken
+apart first, whole units go to sites (``partition.py``), and a share of each site's units is held out. `load` does it
+for all roles in one process tree; across machines each role reads its own, with `load_site` and `load_public`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedcollm_privacy._validate import at_least, public_name
-from fedcollm_privacy.errors import ConfigError, DataError, InvalidValue
+from fedcollm_privacy.errors import ConfigError, DataError
 from secure_fedcollm import partition, tasks
 from secure_fedcollm.config import DataConfig
-from secure_fedcollm.records import BadRow, BadRows, PlantedSecret, Record, Row, read_rows, row_key
+from secure_fedcollm.items import Item, listed, read_items
+from secure_fedcollm.records import PlantedSecret, Record
 
-__all__ = ["PUBLIC_TEST_FRACTION", "FederationData", "SiteData", "load"]
+__all__ = ["PUBLIC_TEST_FRACTION", "FederationData", "SiteData", "load", "load_public", "load_site"]
 
 logger = logging.getLogger(__name__)
 
 PUBLIC_TEST_FRACTION = 0.1
 """Share of the public units that is kept for evaluation, unless a published test split is there."""
-NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +57,6 @@ class FederationData:
     secrets: tuple[PlantedSecret, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    record: Record
-    label: str
-    public: bool
-
-
 def load(config: DataConfig, *, sites: int, seed: int, unit: Literal["record", "person"]) -> FederationData:
     """Read and divide the data of a run; the same arguments give the same division.
 
@@ -80,6 +74,96 @@ def load(config: DataConfig, *, sites: int, seed: int, unit: Literal["record", "
     """
     at_least(0, seed=seed)
     at_least(1, sites=sites)
+    _require_source(config, unit)
+    if config.path is None:
+        from secure_fedcollm.embedded import load_embedded  # here, because it imports this module's types
+
+        data = load_embedded(seed, config.held_out_fraction)
+        _check_disjoint(data.sites, (*data.public_train, *data.public_test))
+    else:
+        data = _load_rows(config, config.path, sites, seed, unit)
+    return data if unit == "person" else _unit_per_record(data)
+
+
+def load_site(config: DataConfig, *, site: str, seed: int, unit: Literal["record", "person"]) -> SiteData:
+    """One site's own records, read where they lie; divided as `load` divides them in one process tree.
+
+    The whole file is this site's: no column names a site, and settings of partition and public set do not apply. With
+    ``data.task=embedded`` it is the site's part of the generated text.
+
+    Args:
+        config: what to read, and what share to hold out.
+        site: the site's public name.
+        seed: of the division.
+        unit: as in `load`.
+
+    Raises:
+        ConfigError: fields that do not fit each other or the file, or a name that the generated text does not know.
+        DataError: bad rows, or too few units.
+    """
+    at_least(0, seed=seed)
+    public_name(site=site)
+    _require_source(config, unit)
+    if config.path is None:
+        from secure_fedcollm.embedded import load_embedded  # here, because it imports this module's types
+
+        generated = {data.name: data for data in load_embedded(seed, config.held_out_fraction).sites}
+        if site not in generated:
+            raise ConfigError("site", site, f"with data.task=embedded one of {', '.join(generated)}")
+        data = generated[site]
+    else:
+        alone = dataclasses.replace(config, partition="iid", site_field=None, dirichlet_field=None)
+        place = tasks.published(alone, config.path)
+        items = read_items(alone, place.train if place else config.path, split=config.split, tag="sites")
+        records = [dataclasses.replace(item.record, site=site) for item in items if not item.public]
+        data = _site(alone, site, records, seed)
+    return data if unit == "person" else _own_units(data)
+
+
+def load_public(config: DataConfig, *, seed: int, unit: Literal["record", "person"]) -> FederationData:
+    """The public text of a server that has no site's records; divided as `load` divides it. ``sites`` is empty.
+
+    Whether a site has the same texts cannot be seen here.
+
+    Args:
+        config: ``data.public_path``, or with ``data.task=embedded`` the packaged synthetic text.
+        seed: of the division.
+        unit: as in `load`.
+
+    Raises:
+        ConfigError: there is a ``data.path``, no ``data.public_path``, or fields that do not fit the file.
+        DataError: bad rows, or too few units.
+    """
+    at_least(0, seed=seed)
+    if config.path is not None:
+        raise ConfigError("data.path", config.path, "null: each site reads its own records, this machine has none")
+    if (config.task == "embedded") != (config.public_path is None):
+        allowed = (
+            "null with data.task=embedded, whose public text is packaged"
+            if config.task == "embedded"
+            else "the public set D_a: a .jsonl or .csv file, a folder with such files, or hub:<data set id>"
+        )
+        raise ConfigError("data.public_path", config.public_path, allowed)
+    if config.public_path is None:
+        from secure_fedcollm.embedded import public_split  # here, because it imports this module's types
+
+        train, test = public_split(seed)
+    else:
+        alone = dataclasses.replace(config, partition="iid", site_field=None, dirichlet_field=None)
+        place = tasks.published(alone, config.public_path)
+        _, public = _public(alone, [], seed)
+        trained, measured = _public_split(alone, place, public, seed)
+        train, test = tuple(trained), tuple(measured)
+    data = FederationData(
+        sites=(),
+        public_train=train,
+        public_test=test,
+        append_eos=config.task not in tasks.CHOICE_TASKS,
+    )
+    return data if unit == "person" else _unit_per_record(data)
+
+
+def _require_source(config: DataConfig, unit: str) -> None:
     if (config.task == "embedded") != (config.path is None):
         allowed = (
             "null with data.task=embedded; for text of your own give data=file data.path=..."
@@ -87,35 +171,21 @@ def load(config: DataConfig, *, sites: int, seed: int, unit: Literal["record", "
             else "a .jsonl or .csv file, a folder with such files, or hub:<data set id>"
         )
         raise ConfigError("data.path", config.path, allowed)
-    if config.path is None:
-        from secure_fedcollm.embedded import load_embedded  # here, because it imports this module's types
-
-        data = load_embedded(seed, config.held_out_fraction)
-        _check_disjoint(data.sites, (*data.public_train, *data.public_test))
-    else:
-        if unit == "person" and config.unit_field is None:
-            raise ConfigError("data.unit_field", None, "the column that names a record's person (unit=person)")
-        data = _load_rows(config, config.path, sites, seed, unit)
-    return data if unit == "person" else _unit_per_record(data)
+    if config.path is not None and unit == "person" and config.unit_field is None:
+        raise ConfigError("data.unit_field", None, "the column that names a record's person (unit=person)")
 
 
 def _load_rows(config: DataConfig, path: str, sites: int, seed: int, unit: str) -> FederationData:
     published = tasks.published(config, path)
-    items = _read(config, published.train if published else path, split=config.split, tag="sites")
+    items = read_items(config, published.train if published else path, split=config.split, tag="sites")
     if config.partition == "column":
         items = _named_sites(config, items)
     elif config.site_names:
         raise ConfigError("data.site_names", config.site_names, "an empty list unless data.partition=column")
     items, public = _public(config, items, seed)
+    public_train, public_test = _public_split(config, published, public, seed)
     if published:
-        test = _read(config, published.test, split=published.test_split, tag="test", at_site=False)
-        public_train, public_test = public, [item.record for item in test]
         _warn_of_test_overlap(items, public_train, public_test)
-    else:
-        groups = partition.group_records(public, same_text=True)
-        rng = partition.generator(seed, "public test")
-        kept, held = partition.hold_out(groups, PUBLIC_TEST_FRACTION, rng, what="the public set D_a")
-        public_train, public_test = [public[i] for i in kept], [public[i] for i in held]
     divided = _sites(config, items, sites, seed, unit)
     _check_disjoint(divided, public)
     return FederationData(
@@ -126,80 +196,15 @@ def _load_rows(config: DataConfig, path: str, sites: int, seed: int, unit: str) 
     )
 
 
-def _read(
-    config: DataConfig, path: str, *, split: str, tag: str, at_site: bool = True, name: str = "data.path"
-) -> list[_Item]:
-    """Records of one path; ``tag`` keeps the ids of records from different paths apart."""
-    parser = tasks.parser(config)
-    bad = BadRows()
-    rows = read_rows(path, split=split, bad=bad, name=name)
-    _check_columns(config, parser, rows, at_site)
-    items, left_out = [], 0
-    for row in rows:
-        try:
-            item = _item(config, parser, row, tag, at_site)
-        except BadRow as reason:
-            bad.add(row.file, row.line, str(reason))
-        else:
-            left_out += item is None
-            if item is not None:
-                items.append(item)
-    bad.raise_if_any(len(items) + left_out)
-    if left_out:
-        logger.warning("%d of %d rows left out: published without an answer", left_out, len(rows))
-    if not items:
-        raise DataError(f"data set for {tag}: no rows")
-    return items
-
-
-def _check_columns(config: DataConfig, parser: tasks.Parser, rows: Sequence[Row], at_site: bool) -> None:
-    columns = set().union(*(row.values for row in rows))
-    wanted = dict(parser.fields)
-    if at_site:
-        own = {"unit_field": config.unit_field}
-        if config.partition == "column":
-            own["site_field"] = config.site_field
-        if config.partition == "dirichlet":
-            own["dirichlet_field"] = config.dirichlet_field
-        wanted |= {name: (value,) for name, value in own.items() if value is not None}
-    for name, values in wanted.items():
-        for value in values:
-            if rows and value not in columns:
-                raise ConfigError(f"data.{name}", value, f"a column of the data: {_listed(sorted(columns))}")
-    if at_site and config.partition == "dirichlet" and config.dirichlet_field is None:
-        raise ConfigError("data.dirichlet_field", None, f"a column of the data: {_listed(sorted(columns))}")
-
-
-def _item(config: DataConfig, parser: tasks.Parser, row: Row, tag: str, at_site: bool) -> _Item | None:
-    record = parser.record(row.values)
-    if record is None:
-        return None
-    site, label, unit = None, "", f"{tag}:{row.file}:{row.line}"
-    if at_site and config.partition == "column" and config.site_field is not None:
-        site = row_key(row.values, config.site_field)
-        try:
-            public_name(site=site)
-        except InvalidValue:
-            raise BadRow(
-                f"field {config.site_field!r} is no site name (1-64 of A-Z a-z 0-9 _ - ., first a letter or digit)"
-            ) from None
-    if at_site and config.partition == "dirichlet" and config.dirichlet_field is not None:
-        label = row_key(row.values, config.dirichlet_field)
-    if config.unit_field is not None and (at_site or config.unit_field in row.values):
-        unit = row_key(row.values, config.unit_field)
-    public = config.task == "medquad" and tasks.medquad_public(row.values)
-    return _Item(record=dataclasses.replace(record, site=site, unit=unit), label=label, public=public)
-
-
-def _named_sites(config: DataConfig, items: list[_Item]) -> list[_Item]:
+def _named_sites(config: DataConfig, items: list[Item]) -> list[Item]:
     present = sorted({item.record.site or "" for item in items})
     unknown = [name for name in config.site_names if name not in present]
     if unknown or len(set(config.site_names)) != len(config.site_names):
-        raise ConfigError("data.site_names", config.site_names, f"names from the data, each once: {_listed(present)}")
+        raise ConfigError("data.site_names", config.site_names, f"names from the data, each once: {listed(present)}")
     return [item for item in items if not config.site_names or item.record.site in config.site_names]
 
 
-def _public(config: DataConfig, items: list[_Item], seed: int) -> tuple[list[_Item], list[Record]]:
+def _public(config: DataConfig, items: list[Item], seed: int) -> tuple[list[Item], list[Record]]:
     """The items left for the sites, and the public records."""
     if config.public_fraction and (config.public_path is not None or config.task == "medquad"):
         allowed = "0 with data.public_path, and with data.task=medquad, whose public half is fixed"
@@ -208,7 +213,7 @@ def _public(config: DataConfig, items: list[_Item], seed: int) -> tuple[list[_It
     if config.public_path is not None:
         place = tasks.published(config, config.public_path)
         path = place.train if place else config.public_path
-        public = _read(config, path, split=config.split, tag="public", at_site=False, name="data.public_path")
+        public = read_items(config, path, split=config.split, tag="public", at_site=False, name="data.public_path")
     if config.task == "medquad":
         # Sites get the odd half only: public checkpoints may have been trained on the even half.
         private = [item for item in items if not item.public]
@@ -231,7 +236,20 @@ def _public(config: DataConfig, items: list[_Item], seed: int) -> tuple[list[_It
     return private, [dataclasses.replace(item.record, site=None) for item in public]
 
 
-def _sites(config: DataConfig, items: list[_Item], sites: int, seed: int, unit: str) -> list[SiteData]:
+def _public_split(
+    config: DataConfig, published: tasks.Published | None, public: list[Record], seed: int
+) -> tuple[list[Record], list[Record]]:
+    """What is trained on, and what is measured on: the published test split, or a share of the public units."""
+    if published:
+        test = read_items(config, published.test, split=published.test_split, tag="test", at_site=False)
+        return public, [item.record for item in test]
+    groups = partition.group_records(public, same_text=True)
+    rng = partition.generator(seed, "public test")
+    kept, held = partition.hold_out(groups, PUBLIC_TEST_FRACTION, rng, what="the public set D_a")
+    return [public[i] for i in kept], [public[i] for i in held]
+
+
+def _sites(config: DataConfig, items: list[Item], sites: int, seed: int, unit: str) -> list[SiteData]:
     by_site: dict[str, list[Record]] = defaultdict(list)
     if config.partition == "column":
         for item in items:
@@ -294,7 +312,7 @@ def _check_disjoint(sites: Sequence[SiteData], public: Sequence[Record]) -> None
         )
 
 
-def _warn_of_test_overlap(items: list[_Item], public_train: list[Record], public_test: list[Record]) -> None:
+def _warn_of_test_overlap(items: list[Item], public_train: list[Record], public_test: list[Record]) -> None:
     trained = {partition.normalised(record) for record in (*(item.record for item in items), *public_train)}
     shared = sum(partition.normalised(record) in trained for record in public_test)
     if shared:
@@ -307,25 +325,21 @@ def _warn_of_test_overlap(items: list[_Item], public_train: list[Record], public
 
 
 def _unit_per_record(data: FederationData) -> FederationData:
-    def own(records: tuple[Record, ...], tag: str) -> tuple[Record, ...]:
-        return tuple(dataclasses.replace(r, unit=f"{tag}:{i}") for i, r in enumerate(records))
-
-    sites = tuple(
-        SiteData(
-            name=site.name,
-            train=own(site.train, f"{site.name}:train"),
-            held_out=own(site.held_out, f"{site.name}:held_out"),
-        )
-        for site in data.sites
-    )
     return dataclasses.replace(
         data,
-        sites=sites,
-        public_train=own(data.public_train, "public_train"),
-        public_test=own(data.public_test, "public_test"),
+        sites=tuple(_own_units(site) for site in data.sites),
+        public_train=_numbered(data.public_train, "public_train"),
+        public_test=_numbered(data.public_test, "public_test"),
     )
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:NAMES_SHOWN])
-    return f"{shown}, and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown
+def _own_units(site: SiteData) -> SiteData:
+    return SiteData(
+        name=site.name,
+        train=_numbered(site.train, f"{site.name}:train"),
+        held_out=_numbered(site.held_out, f"{site.name}:held_out"),
+    )
+
+
+def _numbered(records: tuple[Record, ...], tag: str) -> tuple[Record, ...]:
+    return tuple(dataclasses.replace(r, unit=f"{tag}:{i}") for i, r in enumerate(records))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from secure_fedcollm.alignment import AlignedTokens
 from secure_fedcollm.config import DistillationConfig
+from secure_fedcollm.cross_losses import AlignedRows, cross_tokenizer_loss
 from secure_fedcollm.losses import CoTuningLoss, co_tuning_loss, target_hidden_states
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.tokenization import Batch, TokenDataset, collate
@@ -20,7 +22,7 @@ __all__ = ["CoTuningReport", "co_tune"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoTuningReport:
-    """Means over the steps of one call, in nats per target token."""
+    """Means over the steps of one call, in nats per target token; between two tokenizers KL is per span."""
 
     slm_ce: float
     slm_kl: float
@@ -48,11 +50,29 @@ def _teacher_hidden(trunk: nn.Module, batch: Batch, student_view_NH: torch.Tenso
     return hidden_NH
 
 
+def _aligned_rows(tokens: AlignedTokens, chosen: Sequence[int]) -> tuple[AlignedRows, AlignedRows]:
+    """What the SLM learns from the LLM in a batch of these records, and the reverse."""
+    rows, slm_start, llm_start = [], 0, 0
+    for record in chosen:
+        rows += [
+            (s.slm_start + slm_start, s.slm_stop + slm_start, s.llm_start + llm_start, s.llm_stop + llm_start)
+            for s in tokens.spans[record]
+        ]
+        slm, llm = tokens.slm.examples[record], tokens.llm.examples[record]
+        slm_start += len(slm.input_ids) - slm.target_start
+        llm_start += len(llm.input_ids) - llm.target_start
+    spans_S4, shared = torch.tensor(rows, dtype=torch.long).reshape(-1, 4), tokens.shared
+    return (
+        AlignedRows(spans_S4=spans_S4, student_ids=shared.slm_ids, teacher_ids=shared.llm_ids),
+        AlignedRows(spans_S4=spans_S4[:, [2, 3, 0, 1]], student_ids=shared.llm_ids, teacher_ids=shared.slm_ids),
+    )
+
+
 def co_tune(
     *,
     slm: AdaptedModel,
     llm: AdaptedModel,
-    tokens: TokenDataset,
+    tokens: TokenDataset | AlignedTokens,
     config: DistillationConfig,
     train_slm_a: bool,
     seed: int,
@@ -67,7 +87,7 @@ def co_tune(
     Args:
         slm: the server's SLM with the aggregate in it.
         llm: the server's LLM.
-        tokens: D_a.
+        tokens: D_a, as both models read it, or aligned between two tokenizers.
         config: steps, weights, learning rates, and who learns.
         train_slm_a: whether the SLM's A may move (not with ``freeze_a``).
         seed: of the batches.
@@ -84,34 +104,42 @@ def co_tune(
         adapted.model.train()
     (slm_trunk, slm_head), (llm_trunk, llm_head) = slm.trunk_and_head(), llm.trunk_and_head()
     generator = torch.Generator().manual_seed(seed)
+    slm_tokens, llm_tokens = (tokens.slm, tokens.llm) if isinstance(tokens, AlignedTokens) else (tokens, tokens)
     sums = torch.zeros(4, dtype=torch.float64)
     for _ in range(config.steps):
-        chosen = torch.randperm(len(tokens.examples), generator=generator)[: config.batch_size].tolist()
-        batch = to_device(collate([tokens.examples[i] for i in chosen], tokens.pad_token_id), slm.device)
+        chosen = torch.randperm(len(slm_tokens.examples), generator=generator)[: config.batch_size].tolist()
+        slm_batch, llm_batch = (
+            to_device(collate([side.examples[i] for i in chosen], side.pad_token_id), adapted.device)
+            for side, adapted in ((slm_tokens, slm), (llm_tokens, llm))
+        )
         with torch.set_grad_enabled(config.train_slm):
-            slm_NH, labels_N = target_hidden_states(slm_trunk, batch)
+            slm_NH, slm_labels_N = target_hidden_states(slm_trunk, slm_batch)
         with torch.set_grad_enabled(config.train_llm):
-            llm_NH, _ = target_hidden_states(llm_trunk, batch)
-        slm_teaches_NH = _teacher_hidden(slm_trunk, batch, slm_NH)
-        llm_teaches_NH = _teacher_hidden(llm_trunk, batch, llm_NH)
+            llm_NH, llm_labels_N = target_hidden_states(llm_trunk, llm_batch)
+        slm_teaches_NH = _teacher_hidden(slm_trunk, slm_batch, slm_NH)
+        llm_teaches_NH = _teacher_hidden(llm_trunk, llm_batch, llm_NH)
         losses: list[CoTuningLoss] = []
-        for student_NH, student_head, teacher_NH, teacher_head in (
-            (slm_NH, slm_head, llm_teaches_NH, llm_head),
-            (llm_NH, llm_head, slm_teaches_NH, slm_head),
+        aligned = _aligned_rows(tokens, chosen) if isinstance(tokens, AlignedTokens) else (None, None)
+        for student_NH, student_head, labels_N, teacher_NH, teacher_head, teacher_labels_N, rows in (
+            (slm_NH, slm_head, slm_labels_N, llm_teaches_NH, llm_head, llm_labels_N, aligned[0]),
+            (llm_NH, llm_head, llm_labels_N, slm_teaches_NH, slm_head, slm_labels_N, aligned[1]),
         ):
-            losses.append(
-                co_tuning_loss(
-                    student_NH=student_NH,
-                    student_head=student_head,
-                    teacher_NH=teacher_NH,
-                    teacher_head=teacher_head,
-                    labels_N=labels_N,
-                    kd_weight=config.kd_weight,
-                    temperature=config.temperature,
-                    direction=config.direction,
-                    top_k=config.top_k,
+            how: dict[str, Any] = {
+                "student_NH": student_NH,
+                "student_head": student_head,
+                "labels_N": labels_N,
+                "teacher_head": teacher_head,
+                "kd_weight": config.kd_weight,
+                "temperature": config.temperature,
+                "direction": config.direction,
+                "top_k": config.top_k,
+            }
+            if rows is None:
+                losses.append(co_tuning_loss(teacher_NH=teacher_NH, **how))
+            else:
+                losses.append(
+                    cross_tokenizer_loss(teacher_MH=teacher_NH, teacher_labels_M=teacher_labels_N, aligned=rows, **how)
                 )
-            )
         for (_, optimizer), loss in zip(sides, losses, strict=True):
             if optimizer is not None:
                 optimizer.zero_grad()

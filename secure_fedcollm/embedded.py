@@ -30,7 +30,7 @@ from secure_fedcollm.embedded_text import (
 )
 from secure_fedcollm.records import PlantedSecret, Record
 
-__all__ = ["load_embedded", "public_corpus"]
+__all__ = ["load_embedded", "public_corpus", "public_split"]
 
 PATIENTS_PER_SITE: Final = 800
 NOTES_PER_PATIENT: Final = (2, 2, 2, 2, 3, 3, 4, 6)
@@ -71,6 +71,15 @@ def public_corpus(seed: int) -> tuple[Record, ...]:
     )
 
 
+def public_split(seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """The public set as `load_embedded` divides it: what the server trains on, and what it measures on."""
+    return _split(public_corpus(seed))
+
+
+def _split(public: tuple[Record, ...]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    return tuple(r for i, r in enumerate(public) if i % PUBLIC_TEST_EVERY), public[::PUBLIC_TEST_EVERY]
+
+
 def load_embedded(seed: int, held_out_fraction: float) -> FederationData:
     """Generate the whole synthetic federation in memory.
 
@@ -104,10 +113,11 @@ def load_embedded(seed: int, held_out_fraction: float) -> FederationData:
                 held_out=tuple(r for i in sorted(order[:held_out]) for r in patients[i]),
             )
         )
+    public_train, public_test = _split(public)
     return FederationData(
         sites=tuple(sites),
-        public_train=tuple(r for i, r in enumerate(public) if i % PUBLIC_TEST_EVERY),
-        public_test=public[::PUBLIC_TEST_EVERY],
+        public_train=public_train,
+        public_test=public_test,
         append_eos=True,
         secrets=secrets,
     )

@@ -1,6 +1,6 @@
-"""Small line charts as inline SVG for the report; the one module that imports matplotlib.
+"""Small line charts as inline SVG for the report, scatter charts as files for a paper; matplotlib's one home.
 
-The SVG names no outside address, keeps its text as text, and takes its colours from CSS variables of the page
+The inline SVG names no outside address, keeps its text as text, and takes its colours from CSS variables of the page
 (``--ink``, ``--muted``, ``--rule``, ``--slm``, ``--llm``, ``--bad``), so that it follows light, dark and print.
 """
 
@@ -10,11 +10,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["Line", "line_chart"]
+from secure_fedcollm.sweep_figures import LIGHT, Point
+
+__all__ = ["Line", "line_chart", "scatter_files"]
 
 # matplotlib knows no CSS variables: it draws in these colours, which are replaced in its output
 _COLOURS = {name: f"#01020{i}" for i, name in enumerate(("ink", "muted", "rule", "slm", "llm", "bad"))}
@@ -33,6 +36,23 @@ _STYLE: dict[Any, Any] = {  # matplotlib types every key
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
 }
+
+
+# A file for a paper stands alone: every glyph is in it, and the same numbers give the same bytes.
+_PAPER: dict[Any, Any] = {
+    "pdf.fonttype": 42,  # TrueType: publishers refuse matplotlib's default, type 3
+    "svg.fonttype": "path",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+}
+_MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,3 +178,110 @@ def _inline(svg: str, title: str, description: str) -> Markup:
         f'<svg viewBox="{box}" role="img" aria-labelledby="{name}-title">'
         f'<title id="{name}-title">{escape(description)}</title>{body}'
     )
+
+
+def scatter_files(
+    folder: Path,
+    name: str,
+    points: Sequence[Point],
+    series: Sequence[str],
+    *,
+    x_label: str,
+    y_label: str,
+    x_form: Callable[[float], str],
+    apart: str = "no DP",
+) -> None:
+    """Write ``<name>.svg`` and ``<name>.pdf``, one column (3.5 inches) wide; the same points as on a sweep's page.
+
+    Bars are the points' intervals, a hollow mark has none, the dashed line joins the points of the front. Series differ
+    by colour and by shape.
+
+    Args:
+        folder: made if it is not there.
+        name: of both files, without ending.
+        points: at least one; those without x stand apart at the right.
+        series: their names; the last colour and shape serve all beyond the sixth.
+        x_label: below the chart.
+        y_label: beside it.
+        x_form: prints a value of x.
+        apart: what points without x are.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    folder.mkdir(parents=True, exist_ok=True)
+    xs = sorted({point.x for point in points if point.x is not None})
+    mixed = bool(xs) and any(point.x is None for point in points)
+    with rc_context({**_PAPER, "svg.hashsalt": name}):
+        figure = Figure(figsize=(3.5, 2.6), layout="constrained")
+        shape = {"width_ratios": [5, 1]} if mixed else {}
+        plots = figure.subplots(1, 2 if mixed else 1, sharey=True, squeeze=False, gridspec_kw=shape)[0]
+        for axes, with_x in zip(plots, (True, False) if mixed else (bool(xs),), strict=True):
+            shown = [point for point in points if (point.x is not None) is with_x]
+            _scatter(figure, axes, shown)
+            axes.axhline(0, color="#8a847b", linewidth=0.5, zorder=0)
+            if with_x:
+                axes.set_xlabel(x_label)
+                _x_scale(axes, xs, x_form)
+            else:
+                axes.set_xticks([0.0], [apart])
+                axes.set_xlim(-1, 1)
+        low = min(0.0, *(point.y - (point.half or 0.0) for point in points))
+        high = max(0.0, *(point.y + (point.half or 0.0) for point in points))
+        edge = 0.06 * (high - low) or 0.5
+        plots[0].set_ylim(low - edge, high + edge)
+        plots[0].set_ylabel(y_label)
+        if mixed:
+            plots[1].spines["left"].set_visible(False)
+            plots[1].tick_params(left=False)
+        if len(series) > 1:
+            keys = [
+                Line2D([], [], color=LIGHT[kind], marker=_MARKS[kind], linestyle="", markersize=4, label=text)
+                for kind, text in enumerate(series[: len(LIGHT)])
+            ]
+            figure.legend(handles=keys, loc="outside upper left", ncols=2, handletextpad=0.1, columnspacing=1)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+
+
+def _scatter(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
+    best = sorted((point.x, point.y) for point in points if point.front and point.x is not None)
+    if len(best) > 1:
+        axes.plot(*zip(*best, strict=True), color="#67625a", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    seen: dict[float | None, int] = {}
+    for point in points:
+        # Points of one x are set side by side, or their intervals would hide each other.
+        seen[point.x] = seen.get(point.x, -1) + 1
+        crowd = sum(other.x == point.x for other in points)
+        aside = min(5.0, 24 / crowd) * (seen[point.x] - (crowd - 1) / 2)
+        kind = min(point.series, len(LIGHT) - 1)
+        axes.errorbar(
+            point.x or 0.0, point.y, yerr=point.half, color=LIGHT[kind], marker=_MARKS[kind], markersize=4,
+            markerfacecolor="none" if point.half is None else LIGHT[kind], capsize=1.5, elinewidth=0.8, capthick=0.8,
+            transform=axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans), zorder=2,
+        )  # fmt: skip
+
+
+def _x_scale(axes: Any, xs: Sequence[float], form: Callable[[float], str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    logarithmic = xs[0] > 0 and xs[-1] > 4 * xs[0]
+    # Points that were set aside do not count for matplotlib's own limits.
+    if logarithmic:
+        axes.set_xscale("log")
+        edge = (xs[-1] / xs[0]) ** 0.1
+        axes.set_xlim(xs[0] / edge, xs[-1] * edge)
+    else:
+        edge = 0.1 * (xs[-1] - xs[0]) or 0.5 * abs(xs[0]) or 0.5
+        axes.set_xlim(xs[0] - edge, xs[-1] + edge)
+    if len(xs) <= 4:
+        axes.set_xticks(xs)
+    elif logarithmic:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=5))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))

@@ -25,7 +25,7 @@ from fedcollm_privacy.identity import (
 )
 from fedcollm_privacy.roster import MAX_BYTES, Roster, SignedRoster, sign_roster
 
-__all__ = ["keys_app"]
+__all__ = ["PASSPHRASE_VARIABLE", "given_passphrase", "keys_app"]
 
 PASSPHRASE_VARIABLE = "FEDCOLLM_PASSPHRASE"  # noqa: S105
 
@@ -59,7 +59,7 @@ def new(
             raise KeyFileError(f"{path} exists and is never overwritten: choose another --out, or move it away")
     passphrase = None
     if not no_passphrase:
-        passphrase = _given_passphrase(passphrase_file)
+        passphrase = given_passphrase(passphrase_file)
         if passphrase is None:
             passphrase = _ask(f"Passphrase for {private} (long: five random words or more)", twice=True)
     save_key(key, private, passphrase)
@@ -138,13 +138,18 @@ def verify(
 
 
 def _open_key(path: Path, passphrase_file: Path | None) -> SigningKey:
-    passphrase = _given_passphrase(passphrase_file)
+    passphrase = given_passphrase(passphrase_file)
     if passphrase is None and is_encrypted(path):
         passphrase = _ask(f"Passphrase for {path}", twice=False)
     return load_key(path, passphrase)
 
 
-def _given_passphrase(file: Path | None) -> bytes | None:
+def given_passphrase(file: Path | None) -> bytes | None:
+    """The passphrase in a file, or else in the environment; None where neither gives one.
+
+    Raises:
+        KeyFileError: the file cannot be read.
+    """
     if file is None:
         value = os.environ.get(PASSPHRASE_VARIABLE)
         return None if value is None else os.fsencode(value)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from secure_fedcollm.tokenization import Batch
 
-__all__ = ["CoTuningLoss", "co_tuning_loss", "per_record_loss", "target_hidden_states"]
+__all__ = ["CoTuningLoss", "co_tuning_loss", "divergence_N", "per_record_loss", "target_hidden_states"]
 
 # Rows of logits held at once: 128 x 50k x 4 bytes = 26 MB per model.
 CHUNK_ROWS = 128
@@ -41,7 +41,7 @@ def target_hidden_states(trunk: nn.Module, batch: Batch) -> tuple[torch.Tensor, 
     hidden_BTH = trunk(
         input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
     ).last_hidden_state
-    labels_BT = batch.labels_BT[:, 1:]
+    labels_BT = batch.labels_BT[:, 1:].to(hidden_BTH.device)  # a spread model ends elsewhere than it begins
     keep_BT = labels_BT != -100
     return hidden_BTH[:, :-1][keep_BT], labels_BT[keep_BT]
 
@@ -66,12 +66,22 @@ def _kl_N(
 ) -> torch.Tensor:
     student = functional.log_softmax(student_NV / temperature, dim=-1)
     teacher = functional.log_softmax(teacher_NV / temperature, dim=-1)
+    return divergence_N(student, teacher, direction, top_k) * temperature**2
+
+
+def divergence_N(student: torch.Tensor, teacher: torch.Tensor, direction: str, top_k: int | None) -> torch.Tensor:
+    """KL in nats of every row, [N], from log-probabilities [N, V] of the same events.
+
+    Args:
+        direction: ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher).
+        top_k: null, or keep the teacher's k largest and one rest bucket.
+    """
     if top_k is not None and top_k < teacher.shape[-1]:
         # The rest of the vocabulary becomes one bucket, so that both stay distributions and KL is a lower bound.
         index = teacher.topk(top_k, dim=-1).indices
         student, teacher = (_with_rest(x, index) for x in (student, teacher))
     log_p, log_q = (teacher, student) if direction == "forward" else (student, teacher)
-    return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _with_rest(log_probabilities: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -105,19 +115,20 @@ class _FusedCoTuning(torch.autograd.Function):
             with torch.enable_grad():
                 hidden = student_NH[rows].detach().requires_grad_()
                 logits_NV = student_head(hidden).float()
-                ce = functional.cross_entropy(logits_NV, labels_N[rows], reduction="sum") / count
+                labels_here_N = labels_N[rows].to(logits_NV.device)
+                ce = functional.cross_entropy(logits_NV, labels_here_N, reduction="sum") / count
                 loss = ce
                 if kd_weight > 0:
                     with torch.no_grad():
-                        teacher_NV = teacher_head(teacher_NH[rows]).float()
+                        teacher_NV = teacher_head(teacher_NH[rows]).to(logits_NV.device).float()
                     width = min(logits_NV.shape[-1], teacher_NV.shape[-1])
                     divergence = (
                         _kl_N(logits_NV[:, :width], teacher_NV[:, :width], temperature, direction, top_k).sum() / count
                     )
                     loss = ce + kd_weight * divergence
-                    kl += divergence.detach()
+                    kl += divergence.detach().to(kl.device)
                 (gradient_NH[rows],) = torch.autograd.grad(loss, hidden)
-            cross_entropy += ce.detach()
+            cross_entropy += ce.detach().to(cross_entropy.device)
         ctx.save_for_backward(gradient_NH)
         ctx.mark_non_differentiable(cross_entropy, kl)
         return cross_entropy + kd_weight * kl, cross_entropy, kl
@@ -145,7 +156,8 @@ def co_tuning_loss(
     FedCoLLM equations 4-6. ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher); the KL is taken
     at ``temperature`` and scaled by its square (Hinton et al. 2015, section 2). The teacher gets no gradient. Heads are
     frozen.
-    Where one model's head has padding rows beyond the other's, KL is over the rows both have.
+    Where one model's head has padding rows beyond the other's, KL is over the rows both have. The two models may be on
+    different devices, and a head on another than its hidden states.
 
     Args:
         student_NH: hidden states that predict the targets, with gradient.

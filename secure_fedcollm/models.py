@@ -1,6 +1,6 @@
 """Load the pair, attach LoRA, and carry adapters between models and flat vectors.
 
-The one module that imports transformers and peft (`pretraining` builds the embedded pair from a bare configuration).
+The one module that imports peft.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from fedcollm_privacy.errors import ModelError
 from fedcollm_privacy.messages import AdapterSpec, digest_of
+from secure_fedcollm.checkpoints import DeviceMap, load_base, read_checkpoint
 
 __all__ = [
     "LORA_TARGETS",
@@ -68,7 +67,7 @@ class AdaptedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the adapter lives."""
+        """Where the model takes its inputs; all of the model is there unless it was spread by a device map."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -130,9 +129,10 @@ class AdaptedModel:
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad():
+            whole = self.model(input_ids=probe, use_cache=False).logits
             same = torch.allclose(
-                head(trunk(input_ids=probe, use_cache=False).last_hidden_state).float(),
-                self.model(input_ids=probe, use_cache=False).logits.float(),
+                head(trunk(input_ids=probe, use_cache=False).last_hidden_state).to(whole.device).float(),
+                whole.float(),
                 atol=1e-3,
                 rtol=1e-3,
             )
@@ -157,19 +157,29 @@ def load(
     target_modules: Sequence[str] | None,
     seed: int,
     activation_checkpointing: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> AdaptedModel:
     """Load a causal language model by hub id or folder and attach a LoRA adapter with ΔW = 0.
 
     A is drawn from ``seed`` with orthonormal rows, so every party that loads the same model starts equal and the first
     broadcast changes nothing. No code from the checkpoint is run.
 
+    Args:
+        name: hub id or folder.
+        dtype: of the frozen weights; the adapter is float32.
+        device: where the whole model goes without a device map.
+        r: rank of the adapter.
+        lora_alpha: the adapter counts ``lora_alpha / r`` times.
+        lora_dropout: on the adapter's inputs, in training.
+        target_modules: names of the linear layers that carry an adapter; null takes `LORA_TARGETS`.
+        seed: of A.
+        activation_checkpointing: compute activations again in the backward pass.
+        device_map: spreads the model over devices instead.
+
     Raises:
-        ModelError: not loadable, no LoRA targets known or found, or targets outside linear layers.
+        ModelError: not loadable or not placeable, no LoRA targets known or found, or targets outside linear layers.
     """
-    base, tokenizer = _pretrained(name, dtype)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    base.to(device)
+    base, tokenizer = load_base(name, dtype=dtype, device=device, device_map=device_map)
     if activation_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     targets = _targets(base, target_modules, name)
@@ -212,29 +222,7 @@ def base_digest_of(name: str, dtype: Literal["float32", "bfloat16"]) -> str:
     Raises:
         ModelError: not loadable.
     """
-    return _base_digest(*_pretrained(name, dtype))
-
-
-def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
-    """The model without adapter, and its tokenizer."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its length warnings are moot: truncation is ours
-    try:
-        # Said outright: left open, transformers asks at the terminal whether to run the checkpoint's code.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        base, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{name} cannot be loaded: {reason}. Give a hub id (needs network or a filled cache) or a folder with "
-            "config.json, model.safetensors and tokenizer files."
-        ) from error
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        absent = sorted(str(key) for key in {*loading["missing_keys"], *loading["mismatched_keys"]})
-        raise ModelError(f"{name} lacks weights ({len(absent)} tensors, for example {absent[0]}); they would be random")
-    return base, tokenizer
+    return _base_digest(*read_checkpoint(name, dtype))
 
 
 def _targets(base: Any, given: Sequence[str] | None, name: str) -> list[str] | str:
@@ -305,7 +293,7 @@ def check_same_tokenizer(slm: AdaptedModel, llm: AdaptedModel) -> None:
         raise ModelError(
             f"model.slm ({slm.name}) and model.llm ({llm.name}) have different vocabularies ({len(small)} and "
             f"{len(large)} tokens; {len(only)} entries differ, for example {only[0][0]!r}); co-tuning needs a pair "
-            "that shares its tokenizer"
+            "that shares its tokenizer, or distillation.alignment=common_support"
         )
     rows = [m.model.get_output_embeddings().weight.shape[0] for m in (slm, llm)]
     if min(rows) < max(small.values()) + 1:

@@ -6,37 +6,28 @@ sites on machines of their own, and ledgers and transcript can be checked by oth
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from fedcollm_privacy.contributor import Contributor, SumPolicy
+from fedcollm_privacy.contributor import SumPolicy
 from fedcollm_privacy.entries import Cap
-from fedcollm_privacy.errors import KeyFileError, PolicyRefused
-from fedcollm_privacy.identity import SigningKey, load_key, save_key, save_public
-from fedcollm_privacy.policy_file import load_policy, policy_text
+from fedcollm_privacy.errors import PolicyRefused
+from fedcollm_privacy.identity import SigningKey
+from fedcollm_privacy.policy_file import policy_text
 from fedcollm_privacy.refusals import RefusalLog
 from fedcollm_privacy.roster import MIN_SITES, Roster
-from fedcollm_privacy.round_journal import RoundJournal
-from fedcollm_privacy.site_policy import DataSetRule, PlanRules, SitePolicy
+from fedcollm_privacy.site_policy import DataSetRule, PlanRules
 from secure_fedcollm.config import Config
 from secure_fedcollm.folder import RunFolder, write_atomically
+from secure_fedcollm.home import home, identity_of
 from secure_fedcollm.site_guard import SiteGuard
 
-__all__ = ["Parties", "home", "identity_of", "ledger_dir"]
+__all__ = ["Parties", "ledger_dir", "location_of"]
 
 _TEN_YEARS = timedelta(days=3650)
 _OF_THE_RUN = "Written by the run, whose data is declared {declared}; for private data each administrator writes one."
-
-
-def home() -> Path:
-    """Where keys, ledgers and policies for private data, and the embedded models' cache live.
-
-    ``$FEDCOLLM_HOME`` or ``~/.fedcollm``.
-    """
-    return Path(os.environ.get("FEDCOLLM_HOME", Path.home() / ".fedcollm"))
 
 
 def ledger_dir(config: Config, folder: RunFolder) -> Path:
@@ -47,32 +38,6 @@ def ledger_dir(config: Config, folder: RunFolder) -> Path:
     if config.privacy is not None and config.privacy.ledger_dir is not None:
         return Path(config.privacy.ledger_dir).expanduser()
     return home() / "ledgers" if config.data.declared == "private" else folder.path / "ledgers"
-
-
-def identity_of(name: str) -> SigningKey:
-    """A party's own key in ``<home>/keys``, made when absent; never in a run's folder.
-
-    Raises:
-        KeyFileError: the file is damaged, encrypted or open to others.
-    """
-    folder = home() / "keys"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path, public = folder / f"{name}.key", folder / f"{name}.pub"
-    if not path.exists():
-        public.unlink(missing_ok=True)  # of a key that is gone
-        try:
-            save_key(SigningKey.generate(name), path, None)
-        except KeyFileError:
-            if not path.exists():  # else another run made it a moment ago
-                raise
-    key = load_key(path, None)
-    if not public.exists():
-        try:
-            save_public(key.public, public)
-        except KeyFileError:
-            if not public.exists():
-                raise
-    return key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,24 +80,20 @@ class Parties:
         """
         refusals = RefusalLog(ledger_dir(config, folder) / f"{site}.refusals.jsonl")
         try:
-            policy = self._policy(config, folder, site, base_model)
-            rule = policy.data_set(_location(config))
+            path = self._policy_file(config, folder, site, base_model)
+            return SiteGuard.of(
+                path,
+                site,
+                location=location_of(config.data.path),
+                server=self.server.public,
+                base_model=base_model,
+                refusals=refusals,
+            )
         except PolicyRefused as refusal:
             refusals.record(rule=refusal.rule, reason=str(refusal), run_id=folder.run_id, server_round=None)
             raise
-        return SiteGuard(policy=policy, rule=rule, server=self.server.public, base_model=base_model, refusals=refusals)
 
-    def contributor(self, config: Config, folder: RunFolder, site: str, demands: SumPolicy) -> Contributor:
-        """A site's part in the secure sum; the stricter of policy and configuration holds."""
-        asked = config.federation.min_contributors
-        least = SumPolicy(
-            min_contributors=max(asked, demands.min_contributors, config.secure_sum.max_colluding + 2),
-            max_colluding=max(config.secure_sum.max_colluding, demands.max_colluding),
-        )
-        journal = RoundJournal(ledger_dir(config, folder) / f"{site}.rounds.sqlite")
-        return Contributor(key=self.sites[site], roster=self.roster, policy=least, journal=journal)
-
-    def _policy(self, config: Config, folder: RunFolder, site: str, base_model: str) -> SitePolicy:
+    def _policy_file(self, config: Config, folder: RunFolder, site: str, base_model: str) -> Path:
         given = config.data.policy_dir
         if given is None and config.data.declared != "private":
             path = folder.path / "policies" / f"{site}.yaml"
@@ -140,12 +101,12 @@ class Parties:
                 path.parent.mkdir(exist_ok=True)
                 write_atomically(path, self._text(config, site, base_model).encode())
                 path.chmod(0o600)
-            return load_policy(path, site)
-        return load_policy((home() / "policies" if given is None else Path(given).expanduser()) / f"{site}.yaml", site)
+            return path
+        return (home() / "policies" if given is None else Path(given).expanduser()) / f"{site}.yaml"
 
     def _text(self, config: Config, site: str, base_model: str) -> str:
         privacy = config.privacy
-        location = _location(config)
+        location = location_of(config.data.path)
         cap = (
             Cap(epsilon=1.0, delta=1e-5)
             if privacy is None
@@ -179,9 +140,8 @@ class Parties:
         )
 
 
-def _location(config: Config) -> str:
-    """Where the data lies, as a policy names it."""
-    path = config.data.path
+def location_of(path: str | None) -> str:
+    """Where data lies, as a policy names it; null is the embedded text."""
     if path is None:
         return "embedded"
     return path if path.startswith("hub:") else str(Path(path).resolve())

@@ -20,7 +20,7 @@ from fedcollm_privacy.identity import load_public
 from fedcollm_privacy.policy_file import load_policy, policy_text, read_policy
 from fedcollm_privacy.refusals import read_refusals
 from fedcollm_privacy.site_policy import EMBEDDED, HUB, DataSetRule, PlanRules, SitePolicy
-from secure_fedcollm.parties import home, identity_of
+from secure_fedcollm.home import home, identity_of
 
 __all__ = ["policy_app"]
 

@@ -25,9 +25,13 @@ class RunProgress:
     Args:
         quiet: show nothing (errors are raised, not shown here).
         console: where to show; plain lines when it is no terminal.
+        told: hears of every stage's kind when it begins.
     """
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, *, quiet: bool = False, console: Console | None = None, told: Callable[[str], None] = lambda kind: None
+    ) -> None:
+        self._told = told
         self.console = console or Console(stderr=True, quiet=quiet)
         self._live = self.console.is_terminal and not quiet
         self._quiet = quiet
@@ -70,6 +74,7 @@ class RunProgress:
         """
         self._charge()
         self._stack.append(kind)
+        self._told(kind)
         bar = self._bars.add_task(text, total=total)
         if not self._live and not self._quiet:
             _LOG.debug("%s", text)

@@ -5,13 +5,14 @@ Nothing here is computed from data; the numbers per site stand beside it in the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fedcollm_privacy.accounting import ACCOUNTANT
 from secure_fedcollm.config import Config
 from secure_fedcollm.privacy_config import PrivacyConfig
 
-__all__ = ["assumption", "promise"]
+__all__ = ["assumption", "promise", "unstated_clause"]
 
 _MECHANISM = "DP-SGD: Poisson sampling of units, per-unit L2 clipping, Gaussian noise on the sum, at each site"
 
@@ -26,12 +27,21 @@ def assumption(least_honest: int, max_colluding: int) -> str:
     )
 
 
-def promise(config: Config, privacy: PrivacyConfig) -> dict[str, Any]:
+def unstated_clause(sites: Sequence[str]) -> str:
+    """What a run says of sites that took part and did not tell, when it ended, what their ledgers were charged."""
+    return (
+        f"Nothing is claimed for the data of {', '.join(sites)}: took part in this run, did not say at its end what "
+        "its ledger was charged, and has not signed. Ask there for an export of the ledger"
+    )
+
+
+def promise(config: Config, privacy: PrivacyConfig, unstated: Sequence[str] = ()) -> dict[str, Any]:
     """The words of a private run's statement; the headings of NIST SP 800-226 and of DP-fy ML section 5.3.3 among them.
 
     Args:
         config: of the run.
         privacy: its privacy section.
+        unstated: sites for which nothing is claimed.
     """
     distributed = privacy.noise == "distributed"
     seen = (
@@ -46,7 +56,7 @@ def promise(config: Config, privacy: PrivacyConfig) -> dict[str, Any]:
     )
     return {
         "claim": f"{seen} learns about any one unit of that site's data at most what (epsilon, delta)-differential "
-        "privacy allows.",
+        "privacy allows." + (f" {unstated_clause(unstated)}." if unstated else ""),
         "unit": privacy.unit,
         "neighboring_relation": "add or remove one unit",
         "mechanism": _MECHANISM,
@@ -64,7 +74,7 @@ def promise(config: Config, privacy: PrivacyConfig) -> dict[str, Any]:
         "Mironov 2012); no draw is beyond 8.58 standard deviations, an ideal Gaussian's is with probability 1e-17",
         "covered": "all adapters, intermediate and final, of SLM and LLM; server co-tuning reads public text only and "
         "is post-processing; quantisation and encryption error are post-processing",
-        "not_covered": _not_covered(config, privacy),
+        "not_covered": [*([unstated_clause(unstated)] if unstated else []), *_not_covered(config, privacy)],
         "assumptions": _assumptions(config, privacy, trust),
         "nist_sp_800_226": _nist(config, privacy, trust),
         "dp_fy_ml": {

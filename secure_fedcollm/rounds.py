@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from secure_fedcollm.transport import Reply, Transport
 
 __all__ = [
     "Federation",
+    "Offers",
     "RoundOutcome",
     "State",
     "Uploads",
@@ -57,6 +59,14 @@ class State:
     adam: AdamState = field(default_factory=AdamState)
 
 
+class Offers(Protocol):
+    """Invites sites on machines of their own, which join a run when they and their administrators want to."""
+
+    def enlist(self, transport: Transport) -> Mapping[str, str]:
+        """Offer the run to every site that has not joined it; every site's standing, ``joined`` or why not."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federation:
     """Who takes part.
@@ -66,6 +76,7 @@ class Federation:
             that was lost in a crash could not be had again.
         heads: counter-signs the heads of the sites' ledgers; None in a declared non-private run, which has none.
         sites: used by the baselines without exchange only; a round goes through ``transport``.
+        offers: invites sites that are on machines of their own; None in one process tree, where all take part.
     """
 
     server: Server
@@ -75,6 +86,7 @@ class Federation:
     keep: Callable[[OpenedSum], None]
     heads: LedgerHeads | None
     sites: tuple[Site, ...]
+    offers: Offers | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from secure_fedcollm.assembly import Assembly, assemble
 from secure_fedcollm.config import Config
 from secure_fedcollm.evaluation import evaluate, generate_samples, rouge_l
 from secure_fedcollm.exposure import exposure
+from secure_fedcollm.fairness import per_site
 from secure_fedcollm.folder import Checkpoint, RunFolder
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.progress import RunProgress
@@ -27,39 +29,87 @@ from secure_fedcollm.rounds import (
     run_round_alone,
 )
 
-__all__ = ["run"]
+__all__ = ["Watcher", "run", "run_embedded"]
 
 Float32 = NDArray[np.float32]
 Metrics = dict[str, float]
 Measured = tuple[Metrics | None, Metrics | None, dict[str, Metrics]]
+_PAUSE_S = 10  # between two offers to sites that have not joined
 
 
-def run(config: Config, folder: RunFolder, progress: RunProgress) -> dict[str, Any]:
+class Watcher(Protocol):
+    """Is told where a run stands, while it runs."""
+
+    def round(self, server_round: int, attempt: int) -> None:
+        """A round begins."""
+        ...
+
+    def round_done(self, outcome: RoundOutcome) -> None:
+        """A round has ended, and is on disk."""
+        ...
+
+
+def run_embedded(config: Config, folder: RunFolder, progress: RunProgress) -> dict[str, Any]:
+    """Assemble a federation in this process tree and run what is left of its run; gives ``summary.json``.
+
+    Raises:
+        FedCollmError: the run is finished, cannot start, or no round gave a sum.
+    """
+    _require_unfinished(folder)
+    parts = assemble(config, folder, progress)
+    try:
+        run(parts, folder, progress)
+    finally:
+        parts.federation.secure_sum.close()
+    return outputs.read_summary(folder)
+
+
+def run(
+    parts: Assembly,
+    folder: RunFolder,
+    progress: RunProgress,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Watcher | None = None,
+) -> dict[str, Any] | None:
     """Run what is left of the run in ``folder`` and write all its outputs.
 
     Every round ends with a checkpoint, so a run that is killed goes on with the round that was cut; that round's budget
     was reserved and stays spent, and it is reserved anew before it is trained again.
 
+    Args:
+        parts: of one process tree, or of a server whose sites are elsewhere; the caller closes the secure sum.
+        folder: the run's.
+        progress: where a person sees it.
+        stop: asked before every round; once it says yes the run ends there, and can be resumed.
+        watch: is told of rounds.
+
     Returns:
-        The content of ``summary.json``.
+        The content of ``summary.json``; None if the run was stopped before its end.
 
     Raises:
-        FedCollmError: the run cannot start, or no round gave a sum.
+        FedCollmError: the run is finished, cannot start, no round gave a sum, or no site of a private run says at its
+            end what it spent.
     """
-    if folder.finished:
-        raise ConfigError("resume", str(folder.path), "a run that is not finished; this one has its summary")
-    parts = assemble(config, folder, progress)
-    try:
-        state = _rounds(parts, folder, progress)
-    finally:
-        parts.federation.secure_sum.close()
+    _require_unfinished(folder)
+    state = _rounds(parts, folder, progress, stop, watch)
+    if state is None:
+        return None
     outputs.write(parts, folder, state, _closing(parts, state, progress), progress.seconds)
     with progress.stage("report", "write the report"):
         report.render(folder.path)
     return outputs.read_summary(folder)
 
 
-def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
+def _require_unfinished(folder: RunFolder) -> None:
+    if folder.finished:
+        raise ConfigError("resume", str(folder.path), "a run that is not finished; this one has its summary")
+
+
+def _rounds(
+    parts: Assembly, folder: RunFolder, progress: RunProgress, stop: Callable[[], bool], watch: Watcher | None
+) -> State | None:
+    """The state after the last round; None if the run was stopped before one."""
     config, federation = parts.config, parts.federation
     last = folder.load_checkpoint(parts.slm.spec.digest)
     if last is None:
@@ -72,9 +122,18 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
         folder.drop_metrics_after(last.server_round)
         progress.say(f"resumed after round {last.server_round}")
     state = last.state
-    _begin(parts, folder, state)
+    if not _enlisted(parts, stop, progress):  # a site that has not joined has no ledger of this run to show
+        return None
+    _begin(parts, folder, state, progress)
     for server_round in range(last.server_round + 1, config.federation.rounds + 1):
+        if stop():
+            progress.say(f"stopped before round {server_round}, as was asked; resume the run to go on")
+            return None
         attempt = federation.transcript.attempts(server_round) + 1
+        if watch is not None:
+            watch.round(server_round, attempt)
+        if not _enlisted(parts, stop, progress):
+            return None
         if config.federation.exchange == "secure_sum":
             opened = folder.kept_opened(server_round)
             if opened is not None:
@@ -97,6 +156,8 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
         folder.append_metrics(row)
         folder.save_checkpoint(Checkpoint(server_round=server_round, state=state), parts.slm.spec.digest)
         folder.drop_opened()
+        if watch is not None:
+            watch.round_done(result)
         progress.say(_line(row, result))
     rows = folder.metrics()
     if config.federation.rounds > 0 and all(row["outcome"] in ("before", "lost") for row in rows):
@@ -107,8 +168,35 @@ def _rounds(parts: Assembly, folder: RunFolder, progress: RunProgress) -> State:
     return state
 
 
-def _begin(parts: Assembly, folder: RunFolder, state: State) -> None:
-    """Note in the transcript where this start begins, and have every site's ledger agree with what the server knows."""
+def _enlisted(parts: Assembly, stop: Callable[[], bool], progress: RunProgress) -> bool:
+    """Offer the run until enough sites have joined to open a sum; False if it is to stop before.
+
+    A round with fewer would be lost for certain, and a site's administrator may take days to say yes.
+    """
+    federation, least, told = parts.federation, parts.config.federation.min_contributors, ""
+    while federation.offers is not None:
+        standings = federation.offers.enlist(federation.transport)
+        joined = sum(standing == "joined" for standing in standings.values())
+        if joined >= least:
+            break
+        others = ", ".join(f"{site} ({code})" for site, code in sorted(standings.items()) if code != "joined")
+        text = f"waiting for sites: {joined} take part, {least} are needed; not yet: {others}"
+        if text != told:
+            progress.say(text)
+            told = text
+        for _ in range(_PAUSE_S):
+            if stop():
+                progress.say("stopped while waiting for sites, as was asked; resume the run to go on")
+                return False
+            time.sleep(1.0)
+    return True
+
+
+def _begin(parts: Assembly, folder: RunFolder, state: State, progress: RunProgress) -> None:
+    """Note in the transcript where this start begins, and have every site's ledger agree with what the server knows.
+
+    A site on a machine of its own may be away, or its administrator undecided: it is left out until it joins.
+    """
     federation = parts.federation
     specs = {
         "slm": parts.slm.spec,
@@ -127,6 +215,11 @@ def _begin(parts: Assembly, folder: RunFolder, state: State) -> None:
     refused = federation.heads.exchange(
         federation.transport, federation.transcript, run_id=folder.run_id, server_round=0
     )
+    if parts.deployed:
+        away = sorted(site for site, reason in refused.items() if reason != "contradicts")
+        if away:
+            progress.say(f"not here yet, and left out until they join: {', '.join(away)}")
+        refused = {site: reason for site, reason in refused.items() if reason == "contradicts"}
     if refused:
         raise FedCollmError(
             "nothing is trained: these ledgers contradict what the server has counter-signed, or cannot be read: "
@@ -161,7 +254,8 @@ def _row(
 
 def _nothing_spent(parts: Assembly, result: RoundOutcome) -> dict[str, float]:
     """Zeros before the first round of a private run; no number where no site told one."""
-    return dict.fromkeys(parts.ledgers, 0.0) if result.outcome == "before" and parts.config.guaranteed else {}
+    trains = parts.config.guaranteed and parts.config.federation.rounds > 0
+    return dict.fromkeys(parts.federation.transport.sites, 0.0) if result.outcome == "before" and trains else {}
 
 
 def _observed(parts: Assembly) -> dict[str, dict[str, float]]:
@@ -218,7 +312,7 @@ def _evaluate(parts: Assembly, adapted: AdaptedModel, adapter: Float32) -> Metri
 
 
 def _closing(parts: Assembly, state: State, progress: RunProgress) -> outputs.Closing:
-    """What is looked at once, before and after: written samples and planted secrets."""
+    """What is looked at once, before and after: written samples, planted secrets, every site's own records."""
     config = parts.config
     count = config.evaluation.generations if not parts.test[0].choices else 0
     rouge: dict[str, dict[str, float]] = {"slm": {}, "llm": {}}
@@ -270,4 +364,5 @@ def _closing(parts: Assembly, state: State, progress: RunProgress) -> outputs.Cl
                 }
                 for before, after in zip(*ranks, strict=True)
             ]
-    return outputs.Closing(samples=samples, rouge_l=rouge, secrets=secrets)
+    sites = per_site(parts, state, progress)
+    return outputs.Closing(samples=samples, rouge_l=rouge, secrets=secrets, per_site=sites)

@@ -18,7 +18,8 @@ _NUMBER = (int, float)
 _METRIC_VALUES = {"*": _NUMBER}
 _MODEL_METRICS = {"before": _METRIC_VALUES, "after": _METRIC_VALUES}
 _SUMMARY: Any = {
-    "run_id": str, "name": str, "method": str, "private": bool, "declared": str, "note": str, "aggregation": str,
+    "run_id": str, "name": str, "method": str, "private": bool, "deployed": bool, "declared": str, "note": str,
+    "aggregation": str,
     "noise": (str, None),
     "rounds": int, "rounds_lost": int,
     "models": {"*": {"name": str, "parameters": int, "adapter_parameters": int, "base_digest": str}},
@@ -45,6 +46,7 @@ _SUMMARY: Any = {
             "rank_before": int, "rank_after": int, "exposure_before": _NUMBER, "exposure_after": _NUMBER,
         }
     ],
+    "per_site": {"*": _MODEL_METRICS},
     "samples": [{"model": str, "prompt": str, "target": str, "before": (str, None), "after": (str, None)}],
     "seconds": {"*": _NUMBER}, "versions": {"*": str},
 }  # fmt: skip

@@ -16,6 +16,7 @@ from fedcollm_privacy.errors import RoundLost
 from fedcollm_privacy.messages import DpTerms, OpenedSum, RoundPlan, vector_digest
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import dequantize_mean
+from secure_fedcollm.alignment import AlignedTokens
 from secure_fedcollm.config import Config
 from secure_fedcollm.distillation import CoTuningReport, co_tune
 from secure_fedcollm.models import AdaptedModel, rebase
@@ -45,7 +46,7 @@ class Server:
         run_id: the run's name.
         slm: the server's copy of the SLM.
         llm: the LLM; it never leaves the server.
-        public_tokens: D_a.
+        public_tokens: D_a, aligned where the models have two tokenizers.
         sites: number of sites, the most that a sum may hold.
         roster_digest: of the roster that names them.
         progress: where a person sees the steps.
@@ -61,7 +62,7 @@ class Server:
         run_id: str,
         slm: AdaptedModel,
         llm: AdaptedModel,
-        public_tokens: TokenDataset,
+        public_tokens: TokenDataset | AlignedTokens,
         sites: int,
         roster_digest: str,
         progress: RunProgress,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedcollm_privacy.ckks import PublicContext
 from fedcollm_privacy.contributor import Contributor
 from fedcollm_privacy.dp_sgd import Observation, require_agreement
-from fedcollm_privacy.endorsement import endorse
+from fedcollm_privacy.endorsement import endorse, site_claims
 from fedcollm_privacy.entries import open_reservations
 from fedcollm_privacy.errors import (
     BudgetExceeded,
@@ -33,12 +33,14 @@ from fedcollm_privacy.messages import (
     RoundPlan,
     Settlement,
     TrainRequest,
+    canonical_json,
     vector_digest,
 )
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import clipped_fraction, on_grid, quantize
 from fedcollm_privacy.randomness import SecureRandom
 from fedcollm_privacy.reservation import Ran
+from fedcollm_privacy.run_messages import ClaimsRequest, SiteClaims
 from fedcollm_privacy.secure_sum_messages import (
     Advertisement,
     PartRequest,
@@ -78,12 +80,14 @@ class PrivateBudget:
     Attributes:
         observable: whether clipping and signal-to-noise may be looked at: the records are nobody's, or public.
         test_seed: makes a run repeatable and not private; the plan says so too.
+        persons_known: whether the data says which records are one person's; the statement then says more.
     """
 
     plan: DpPlan
     ledger: Ledger
     observable: bool = False
     test_seed: int | None = None
+    persons_known: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +150,7 @@ class Site:
             "settle": (Receipt, self.settle),
             "head": (HeadRequest, self.head),
             "witness": (WitnessedHead, self.witness),
+            "claims": (ClaimsRequest, self.claims),
             "endorse": (StatementOffer, self.endorse),
         }
         self.observations: list[Observation] = []
@@ -354,6 +359,14 @@ class Site:
         """
         self._ledger(head.run_id).file.keep_head(head, self._guard.server)
         return head
+
+    def claims(self, request: ClaimsRequest) -> SiteClaims:
+        """What the run's statement may say of this site; ProtocolError if it has no ledger of that run."""
+        ledger, budget = self._ledger(request.run_id), self._budget
+        if isinstance(budget, NonPrivate):
+            raise ProtocolError("a site without a privacy plan has nothing to claim")
+        own = site_claims(ledger, budget.plan, self._run_id, persons_known=budget.persons_known)
+        return SiteClaims(site=self.name, run_id=self._run_id, claims=canonical_json(own))
 
     def endorse(self, offer: StatementOffer) -> Endorsement:
         """Sign the run's privacy statement, if it says of this site what the ledger says.

@@ -1,7 +1,8 @@
 """The privacy statement: what a run promises to the people in its data, bound to what it released, signed by all.
 
 An in-toto statement in a DSSE envelope; ``docs/formats.md`` has its form, `statement_page` the page to read. The server
-composes it, every site signs it only if it says of that site what the site's own ledger says.
+composes it of what every site says of itself (`claims`), and a site signs it only if it says of that site no less than
+the site's own ledger.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcollm_privacy.dsse import PAYLOAD_TYPE, Envelope, Signature, sign_payload, verify_payload
-from fedcollm_privacy.endorsement import derived_claims, ledger_state
 from fedcollm_privacy.errors import ProtocolError
 from fedcollm_privacy.messages import canonical_json, vector_digest
 from fedcollm_privacy.reservation import code_digest
 from fedcollm_privacy.statement_messages import Endorsement, StatementOffer
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.assembly import Assembly
+from secure_fedcollm.claims import Claims
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.promise import promise
 from secure_fedcollm.statement_page import render_statement
@@ -49,13 +50,14 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES}
 
 
-def compose(parts: Assembly, folder: RunFolder, adapters: Mapping[str, Float32]) -> bytes:
+def compose(parts: Assembly, folder: RunFolder, adapters: Mapping[str, Float32], claims: Claims) -> bytes:
     """The statement's payload.
 
     Args:
         parts: the run.
         folder: holds the released adapters already: their digests are in the statement.
         adapters: what is released, float32, by ``slm`` and ``llm``.
+        claims: of the sites, as `claims.gather` gives them.
     """
     subjects = [{"name": name, "digest": {"sha256": _file_digest(folder.path / name)}} for name in _SUBJECTS]
     return canonical_json(
@@ -63,7 +65,7 @@ def compose(parts: Assembly, folder: RunFolder, adapters: Mapping[str, Float32])
             "_type": "https://in-toto.io/Statement/v1",
             "subject": subjects,
             "predicateType": PREDICATE_TYPE,
-            "predicate": _predicate(parts, folder, adapters),
+            "predicate": _predicate(parts, folder, adapters, claims),
         }
     )
 
@@ -102,13 +104,13 @@ def page(parts: Assembly, signed: Envelope) -> str:
     )
 
 
-def _predicate(parts: Assembly, folder: RunFolder, adapters: Mapping[str, Float32]) -> dict[str, Any]:
+def _predicate(parts: Assembly, folder: RunFolder, adapters: Mapping[str, Float32], claims: Claims) -> dict[str, Any]:
     config, privacy, transcript = parts.config, parts.config.privacy, parts.federation.transcript
     outcomes = [row["outcome"] for row in folder.metrics()]
     predicate: dict[str, Any] = {
         "run_id": folder.run_id,
-        "private": config.guaranteed and bool(parts.ledgers),
-        "data": {"declared": config.data.declared, "sites": [s.name for s in parts.federation.sites]},
+        "private": config.guaranteed and config.federation.rounds > 0,
+        "data": {"declared": config.data.declared, "sites": _sites(parts, claims)},
         "rounds": {
             "planned": config.federation.rounds,
             "opened": outcomes.count("opened"),
@@ -123,30 +125,20 @@ def _predicate(parts: Assembly, folder: RunFolder, adapters: Mapping[str, Float3
     }
     if config.federation.rounds == 0:
         return predicate | {"claim": "none: nothing was trained in this run, and no site's budget was touched"}
-    if privacy is None or not parts.ledgers:
+    if privacy is None:
         return predicate | {"claim": "none: this run applied no differential privacy to the sites' training"}
     if not config.guaranteed:
         return predicate | {"claim": "none: NOT PRIVATE, a test run whose sampling and noise come from a known seed"}
-    sites = {name: _of_site(parts, folder, name) for name in parts.ledgers}
-    return predicate | promise(config, privacy) | {"sites": sites}
+    said: dict[str, Any] = {"sites": dict(claims.stated)}
+    if claims.unstated:
+        said["unstated"] = list(claims.unstated)
+    return predicate | promise(config, privacy, claims.unstated) | said
 
 
-def _of_site(parts: Assembly, folder: RunFolder, site: str) -> dict[str, Any]:
-    ledger, plan = parts.ledgers[site], parts.plans[site]
-    entry = next(e for e in ledger.entries() if e["kind"] == "PLAN" and e["run_id"] == folder.run_id)
-    spent = ledger.spent_in_run(folder.run_id)
-    steps = max(spent.steps, plan.steps)
-    return {
-        "epsilon": spent.epsilon,
-        "delta": spent.delta,
-        "steps_reserved": spent.steps,
-        **derived_claims(plan, steps, persons_known=parts.config.data.unit_field is not None),
-        "plan": entry["plan"],
-        "plan_digest": entry["plan_digest"],
-        "caps": entry["caps"],
-        "policy": entry["policy"],
-        "ledger": ledger_state(ledger),
-    }
+def _sites(parts: Assembly, claims: Claims) -> list[str]:
+    """Whose data the run is about: in a private run those that are known to have taken part."""
+    known = {*claims.stated, *claims.unstated}
+    return [site for site in parts.federation.transport.sites if site in known or not known]
 
 
 def model_card(name: str, base: str, payload: bytes) -> str:

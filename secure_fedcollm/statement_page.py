@@ -137,6 +137,7 @@ def render_statement(statement: Mapping[str, Any], *, payload_sha256: str, signe
         s=predicate,
         private=private,
         sites=sites,
+        unstated=_names(predicate.get("unstated")),
         meanings=meanings,
         worst=max(sites.items(), key=lambda item: item[1]["epsilon"]) if private else None,
         profile_points=_points(row.get("privacy_profile") for row in sites.values()),
@@ -268,6 +269,10 @@ def _common(sites: Mapping[str, Mapping[str, Any]], field: str) -> list[tuple[st
         same = all(value == by_site[0][1] for _, value in by_site)
         rows.append((key, [("", by_site[0][1])] if same else by_site))
     return rows
+
+
+def _names(value: object) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list | tuple) else []
 
 
 def _subject(item: Mapping[str, Any]) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from fedcollm_privacy import _validate
 from fedcollm_privacy.errors import ConfigError
 from secure_fedcollm.sweep_cells import Cell, Outcome
 
-__all__ = ["cores", "fitting_jobs", "last_round", "run_cells", "sweep_lock"]
+__all__ = ["Tell", "cores", "fitting_jobs", "last_round", "run_cells", "sweep_lock"]
 
 _PROGRAM = 1_000_000_000  # bytes: Python and torch without a model
 _UNKNOWN_MODEL = 4_000_000_000
@@ -48,15 +48,19 @@ class _Running:
 
 
 @contextmanager
-def sweep_lock(sweep_dir: Path) -> Iterator[int]:
+def sweep_lock(sweep_dir: Path, wait_s: float | None = None) -> Iterator[int]:
     """Hold a sweep's folder; cells that are given the lock's file number hold it too, for as long as they live.
 
+    Args:
+        sweep_dir: the folder.
+        wait_s: for whoever holds it to let go; 20 seconds unless told otherwise.
+
     Raises:
-        ConfigError: another sweep works there, or cells of a sweep that was killed did not end within 20 seconds.
+        ConfigError: another sweep works there, or cells of a sweep that was killed did not end in that time.
     """
     sweep_dir.mkdir(parents=True, exist_ok=True)
     with (sweep_dir / ".lock").open("ab") as file:
-        deadline = time.monotonic() + _LOCK_WAIT_S
+        deadline = time.monotonic() + (_LOCK_WAIT_S if wait_s is None else wait_s)
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

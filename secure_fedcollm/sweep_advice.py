@@ -11,6 +11,7 @@ from secure_fedcollm.sweep_results import Estimate, Setting, differ
 __all__ = ["advice", "gain_text", "kept", "level_of"]
 
 _NAMES: Final = {"slm": "SLM", "llm": "LLM"}
+_NAMED: Final = 3  # settings that are not told apart from the best; the table has them all
 
 
 def level_of(setting: Setting) -> float | None:
@@ -66,7 +67,10 @@ def _at(level: float | None, settings: Sequence[Setting], model: str, unit: str)
     if others and not alike:
         told += "Its seeds differ from those of every other setting here. "
     if alike:
-        names = "; ".join(f"{s.label} ({gain_text(gains[id(s)])})" for s in alike)
+        nearest = sorted(alike, key=lambda s: -gains[id(s)].mean)[:_NAMED]
+        names = "; ".join(f"{s.label} ({gain_text(gains[id(s)])})" for s in nearest)
+        if len(alike) > _NAMED:
+            names += f"; and {len(alike) - _NAMED} more with lower means"
         told += f"These seeds do not tell it apart from {names}. "
     helping = [s for s in [best, *alike] if gains[id(s)].low > 0]
     if not helping:

@@ -20,7 +20,7 @@ from fedcollm_privacy.errors import ConfigError, FedCollmError
 from secure_fedcollm.config import Config
 from secure_fedcollm.strict_build import build
 
-__all__ = ["Axis", "Cell", "Outcome", "kept_cells", "new_cells", "put"]
+__all__ = ["Axis", "Cell", "Outcome", "kept_cells", "new_cells", "put", "read_cell"]
 
 Compose = Callable[[list[str]], dict[str, Any]]
 _NO_DP = "privacy.epsilon"
@@ -116,8 +116,14 @@ def put(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def new_cells(sweep_dir: Path, axes: Sequence[Axis], fixed: Sequence[str], compose: Compose) -> list[Cell]:
-    """Every combination of the axes' values as a cell, kept on disk.
+def new_cells(
+    sweep_dir: Path,
+    axes: Sequence[Axis],
+    fixed: Sequence[str],
+    compose: Compose,
+    drawn: Sequence[Mapping[str, str]] = ({},),
+) -> list[Cell]:
+    """Every drawn setting with every combination of the axes' values as a cell, kept on disk.
 
     ``null`` for ``privacy.epsilon`` means a run without DP: the configuration is the same but for its privacy section,
     which is dropped.
@@ -127,21 +133,23 @@ def new_cells(sweep_dir: Path, axes: Sequence[Axis], fixed: Sequence[str], compo
         axes: the grid; none gives one cell.
         fixed: overrides of all cells.
         compose: from overrides to a configuration, as `cli.compose_config`.
+        drawn: settings of a random search, field to text; a grid alone is one that says nothing.
 
     Raises:
         ConfigError: a field is given twice; records are declared private; no cell's settings go together (the first
             refusal is told); or the folder holds such a cell already, with another configuration.
     """
-    fields = [axis.field for axis in axes] + [word.partition("=")[0] for word in fixed]
+    fields = [*drawn[0], *(axis.field for axis in axes), *(word.partition("=")[0] for word in fixed)]
     for field in fields:
         if fields.count(field) > 1:
             raise ConfigError(field, "given twice", "one value or one list of values for each field")
         if field in ("output_dir", "resume"):
             raise ConfigError(field, "given", "sweep_dir=<folder>: every cell has its run's folder in there")
     cells = []
-    for chosen in itertools.product(*(axis.values for axis in axes)):
-        values = dict(zip((axis.field for axis in axes), chosen, strict=True))
-        cells.append(_cell(sweep_dir, values, fixed, compose))
+    for setting in drawn:
+        for chosen in itertools.product(*(axis.values for axis in axes)):
+            values = {**setting, **dict(zip((axis.field for axis in axes), chosen, strict=True))}
+            cells.append(_cell(sweep_dir, values, fixed, compose))
     if all(cell.config is None for cell in cells):
         raise ConfigError(
             "sweep", f"{len(cells)} cells", f"settings that go together; the first cell: {cells[0].refusal}"
@@ -157,24 +165,24 @@ def kept_cells(sweep_dir: Path) -> list[Cell]:
     Raises:
         ConfigError: a cell's file is unreadable, or its records are declared private.
     """
-    cells = []
-    for path in sorted((sweep_dir / "cells").glob("*/cell.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            cell = Cell(
-                folder=path.parent,
-                axes=tuple(content["axes"]),
-                values=dict(content["values"]),
-                config=content["config"],
-                refusal=str(content["refusal"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                "sweep_dir", str(path), "a cell as the sweep wrote it; delete that cell's folder"
-            ) from error
-        _refuse_private(cell)
-        cells.append(cell)
-    return cells
+    return [read_cell(path) for path in sorted((sweep_dir / "cells").glob("*/cell.json"))]
+
+
+def read_cell(path: Path) -> Cell:
+    """One cell, from its ``cell.json``; raises as `kept_cells`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        cell = Cell(
+            folder=path.parent,
+            axes=tuple(content["axes"]),
+            values=dict(content["values"]),
+            config=content["config"],
+            refusal=str(content["refusal"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("sweep_dir", str(path), "a cell as the sweep wrote it; delete that cell's folder") from error
+    _refuse_private(cell)
+    return cell
 
 
 def _cell(sweep_dir: Path, values: Mapping[str, str], fixed: Sequence[str], compose: Compose) -> Cell:

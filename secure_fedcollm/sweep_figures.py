@@ -1,7 +1,7 @@
 """Scatter charts of a sweep as SVG: gain against privacy, bytes and seconds, with intervals.
 
 Series differ by colour and by shape, so that nothing rests on colour alone; the colours keep apart under simulated
-protanopia, deuteranopia and tritanopia (a test works that out). On a page they follow light, dark and print.
+protanopia, deuteranopia and tritanopia (a test works that out). On the page they follow light, dark and print.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ __all__ = ["DARK", "LIGHT", "Point", "front_of", "palette_css", "scatter"]
 
 LIGHT: Final = ("#0067b1", "#e01170", "#938b15", "#5d035b", "#1d1b18", "#4c09b9")
 DARK: Final = ("#56b4e9", "#e02727", "#eabb23", "#c96176", "#e9e5dc", "#a129d4")
-_PAGE: Final = {"ink": "#1d1b18", "muted": "#67625a", "rule": "#d9d3c7"}
 _WIDTH, _LEFT, _RIGHT, _BOTTOM, _PLOT = 640, 62, 16, 44, 300
 
 
@@ -63,9 +62,8 @@ def scatter(
     y_label: str,
     x_form: Callable[[float], str],
     apart: str = "no DP",
-    page: bool = True,
 ) -> Markup:
-    """Draw points with intervals; the best of them are joined by a line.
+    """Draw points with intervals for a page, in its CSS variables; the best of them are joined by a line.
 
     Args:
         name: begins the ids; unique on the page.
@@ -76,7 +74,6 @@ def scatter(
         y_label: above it.
         x_form: prints a value of x.
         apart: heads the column of points without x.
-        page: colours by the page's CSS variables; otherwise fixed, and the SVG stands alone.
     """
     xs = [p.x for p in points if p.x is not None]
     lows = [p.y - (p.half or 0.0) for p in points]
@@ -134,11 +131,10 @@ def scatter(
     height = head + _PLOT + _BOTTOM
     described = "; ".join(point.label for point in points)
     body = "".join(parts)
-    for colour, code in {**_PAGE, **{f"c{i}": c for i, c in enumerate(LIGHT)}}.items():
-        body = body.replace(f"{{{colour}}}", f"var(--{colour})" if page else code)
-    namespace = "" if page else ' xmlns="http://www.w3.org/2000/svg" font-family="sans-serif"'
+    for colour in ("ink", "muted", "rule", *(f"c{i}" for i in range(len(LIGHT)))):
+        body = body.replace(f"{{{colour}}}", f"var(--{colour})")
     return Markup(  # noqa: S704 - every text in it was escaped
-        f'<svg{namespace} viewBox="0 0 {_WIDTH} {height}" role="img" aria-labelledby="{name}-title {name}-desc" '
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-labelledby="{name}-title {name}-desc" '
         f'font-size="12"><title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-desc">{escape(described)}</desc>{body}</svg>'
     )

@@ -1,4 +1,4 @@
-"""``results.csv``, ``sweep.html`` and the figures of a sweep: tables, intervals, and which setting to take.
+"""``results.csv``, ``results.parquet``, ``sweep.html`` and ``figures/``: tables, intervals, and which setting to take.
 
 Reads the folders of the cells and nothing else; the page loads nothing from anywhere. Numbers of a setting are means
 over its seeds with Student's 95 % t-interval.
@@ -7,7 +7,7 @@ over its seeds with Student's 95 % t-interval.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import resources
@@ -19,12 +19,14 @@ from markupsafe import Markup
 
 from fedcollm_privacy.accounting import Steps, rdp_epsilon
 from fedcollm_privacy.tuning import TrialLaw, selected_epsilon
+from secure_fedcollm.figures import scatter_files
 from secure_fedcollm.report import delta, duration, epsilon, number, size
 from secure_fedcollm.statement_page import stylesheet
 from secure_fedcollm.sweep_advice import advice, gain_text, kept
 from secure_fedcollm.sweep_cells import Cell
-from secure_fedcollm.sweep_figures import LIGHT, Point, front_of, palette_css, scatter
-from secure_fedcollm.sweep_results import Row, Setting, fields_of, rows_of, settings_of, write_csv
+from secure_fedcollm.sweep_charts import charts
+from secure_fedcollm.sweep_figures import palette_css, scatter
+from secure_fedcollm.sweep_results import Row, Setting, fields_of, rows_of, settings_of, write_csv, write_parquet
 
 __all__ = ["SelectionPrice", "selection_price", "write_report"]
 
@@ -91,7 +93,7 @@ def _plans(run: Path) -> list[dict[str, Any]]:
 
 
 def write_report(sweep_dir: Path, cells: Sequence[Cell]) -> Path:
-    """Write the table, the page, and one SVG a model that stands alone.
+    """Write the table in both forms, the page, and every chart as SVG and PDF for a paper.
 
     Args:
         sweep_dir: the sweep's folder.
@@ -104,13 +106,16 @@ def write_report(sweep_dir: Path, cells: Sequence[Cell]) -> Path:
     settings = settings_of(rows)
     fields = [field for field in fields_of(cells) if field != "seed"]
     write_csv(sweep_dir / "results.csv", rows)
+    write_parquet(sweep_dir / "results.parquet", rows)
     unit = _unit(rows)
     told = {model: advice(settings, model, unit) for model in _NAMES}
     models = [model for model in _NAMES if told[model]]
-    for model in models:
-        (sweep_dir / f"gain_{model}.svg").write_text(
-            _chart(settings, model, "epsilon", unit, page=False), encoding="utf-8"
-        )
+    drawn = charts(settings, models, unit)
+    for chart in drawn:
+        scatter_files(
+            sweep_dir / "figures", chart.name, chart.points, chart.series,
+            x_label=chart.x_label, y_label=chart.y_label, x_form=chart.x_form,
+        )  # fmt: skip
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {f.__name__: f for f in (number, epsilon, delta, size, duration)}
     source = resources.files("secure_fedcollm").joinpath("sweep.html.j2").read_text(encoding="utf-8")
@@ -131,14 +136,19 @@ def write_report(sweep_dir: Path, cells: Sequence[Cell]) -> Path:
         seeds=min((len(setting.rows) for setting in settings), default=0),
         price=selection_price(cells),
         charts=[
-            (title, _chart(settings, model, column, unit))
-            for model in models
-            for column, title in (
-                ("epsilon", f"{_NAMES[model]}: what privacy costs"),
-                ("bytes_up", f"{_NAMES[model]}: gain against bytes sent"),
-                ("seconds", f"{_NAMES[model]}: gain against time"),
+            (
+                chart.title,
+                scatter(
+                    chart.name,
+                    chart.title,
+                    chart.points,
+                    chart.series,
+                    x_label=chart.x_label,
+                    y_label=chart.y_label,
+                    x_form=chart.x_form,
+                ),
             )
-            if any(setting.of(column) for setting in settings)
+            for chart in drawn
         ],
         worst=[(s.label, e) for s in settings if (e := s.of("worst_site_gain")) is not None],
         gain_text=gain_text,
@@ -169,57 +179,3 @@ def _line(setting: Setting, settings: Sequence[Setting], fields: Sequence[str]) 
         estimate = setting.of(column)
         shown[column] = None if estimate is None else estimate.mean
     return shown
-
-
-def _series(settings: Sequence[Setting]) -> tuple[list[str], list[int]]:
-    """What colours tell apart: the first field with two to six values, other than the privacy budget."""
-    for field in settings[0].values if settings else ():
-        texts = list(dict.fromkeys(setting.values[field] for setting in settings))
-        if field != "privacy.epsilon" and 2 <= len(texts) <= len(LIGHT):
-            return [f"{field}={text or '–'}" for text in texts], [texts.index(s.values[field]) for s in settings]
-    return ["all settings"], [0] * len(settings)
-
-
-def _chart(settings: Sequence[Setting], model: str, column: str, unit: str, *, page: bool = True) -> Markup:
-    names, series = _series(settings)
-    shown = [
-        (setting, kind, gain, setting.of(column))
-        for setting, kind in zip(settings, series, strict=True)
-        if (gain := setting.of(f"{model}_gain")) is not None and (column == "epsilon" or setting.of(column))
-    ]
-    costs = [(cost.mean, gain.mean) for _, _, gain, cost in shown if cost is not None]
-    best = iter(front_of(costs))
-    points = [
-        Point(
-            x=None if cost is None else cost.mean,
-            y=gain.mean,
-            half=gain.half,
-            series=kind,
-            label=f"{setting.label}: gain {gain_text(gain)} {unit}"
-            + (", no DP" if cost is None else f" at {_X[column][1](cost.mean)}"),
-            front=cost is not None and next(best),
-        )
-        for setting, kind, gain, cost in shown
-    ]
-    label, form = _X[column]
-    return scatter(
-        f"{model}-{column}",
-        f"{_NAMES[model]} gain against {label}",
-        points,
-        names,
-        x_label=label,
-        y_label=f"{_NAMES[model]} gain, {unit}",
-        x_form=form,
-        page=page,
-    )
-
-
-def _epsilon_words(value: float) -> str:
-    return f"ε {epsilon(value)}"
-
-
-_X: Final[dict[str, tuple[str, Callable[[float], str]]]] = {
-    "epsilon": ("ε spent by the site that spent most", _epsilon_words),
-    "bytes_up": ("bytes sent by all sites", size),
-    "seconds": ("seconds of the run", duration),
-}

@@ -31,10 +31,13 @@ __all__ = [
     "fields_of",
     "rows_of",
     "settings_of",
+    "write_csv",
+    "write_parquet",
 ]
 
 CONFIDENCE: Final = 0.95
 MODELS: Final = ("slm", "llm")
+_TEXTS: Final = ("cell", "status", "worst_site", "reason")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ class Row:
         status: ``finished``, ``failed``, ``cut`` or ``waiting``.
         reason: of a failure.
         numbers: what the run measured, spent and sent, by column; None where it has no such number.
-        worst_site: the site whose own model is worst after training, where sites keep their own.
+        worst_site: the site that gained least on its own held-out records, with the model that it ends up with.
     """
 
     cell: str
@@ -179,7 +182,7 @@ def _row(cell: Cell, fields: Sequence[str]) -> Row:
     except InvalidValue as error:
         return Row(cell=cell.name, values=values, status="failed", reason=f"unreadable: {error}", numbers={})
     numbers = {**_numbers(files.summary), "seconds": outcome.seconds}
-    site, worst = _worst(files.rounds)
+    site, worst = _worst(files.summary.get("per_site", {}))
     return Row(cell=cell.name, values=values, status=status, reason="", numbers={**numbers, **worst}, worst_site=site)
 
 
@@ -216,17 +219,15 @@ def _gain(before: Mapping[str, float], after: Mapping[str, float]) -> float | No
     return before["loss"] - after["loss"] if "loss" in before and "loss" in after else None
 
 
-def _worst(rounds: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, float | None]]:
-    measured = [row["sites"] for row in rounds if row.get("sites")]
-    if len(measured) < 2:
-        return "", {}
-    gains = {site: _gain(measured[0].get(site) or {}, after or {}) for site, after in measured[-1].items()}
-    losses = {site: (after or {}).get("loss", 0.0) for site, after in measured[-1].items()}
+def _worst(sites: Mapping[str, Mapping[str, Mapping[str, float]]]) -> tuple[str, dict[str, float | None]]:
+    gains = {site: _gain(ends.get("before", {}), ends.get("after", {})) for site, ends in sites.items()}
     known = {site: gain for site, gain in gains.items() if gain is not None}
     if not known:
         return "", {}
     worst = min(known, key=lambda site: (known[site], site))
-    return worst, {"worst_site_gain": known[worst], "worst_site_loss": losses[worst]}
+    ends = {f"worst_site_{metric}": sites[worst]["after"].get(metric) for metric in ("loss", "acc")}
+    spread = {"best_site_gain": max(known.values()), "worst_site_gain": known[worst]}
+    return worst, {**spread, **{metric: value for metric, value in ends.items() if value is not None}}
 
 
 def settings_of(rows: Sequence[Row]) -> list[Setting]:
@@ -255,3 +256,28 @@ def csv_text(rows: Sequence[Row]) -> str:
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write `csv_text` as UTF-8."""
     path.write_text(csv_text(rows), encoding="utf-8", newline="")
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> None:
+    """Write the table of `csv_text` as Parquet, with types.
+
+    A grid field is whole numbers or numbers where all its values are, and text otherwise; ``null`` and values that a
+    cell does not have are nulls. Every measured number is a 64-bit float.
+    """
+    import pyarrow  # type: ignore[import-untyped]  # a sweep that is cut does not wait for it
+    from pyarrow import parquet
+
+    table = list(csv.DictReader(io.StringIO(csv_text(rows), newline="")))
+    numbers = {column for row in rows for column in row.numbers}
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    columns = {}
+    for name in table[0] if table else ():
+        known = [None if row[name] in ("", "null") else row[name] for row in table]
+        for kind in (float,) if name in numbers else (str,) if name in _TEXTS else (int, float, str):
+            try:
+                values = [None if text is None else kind(text) for text in known]
+                columns[name] = pyarrow.array(values, types[kind])
+            except (ValueError, OverflowError):
+                continue
+            break
+    parquet.write_table(pyarrow.table(columns), path)

@@ -1,13 +1,12 @@
-"""A server and sites in FLARE's own processes on loopback, for tests/test_flare_transport.py and for measurements.
+"""A server and sites in FLARE's own processes on loopback, for tests/test_flare.py and benchmarks/engine.py.
 
-The classes that FLARE loads are here: `EchoServer`/`EchoSite` move bytes, `RoundServer`/`RoundSite` run the project's
-own rounds. What they work on is told by the environment of each party's process, never by the job.
+Kits come from FLARE's own provisioning. The process that makes a `Federation` is the server's; sites' own processes are
+tests/flare_site.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -15,219 +14,63 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import yaml
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedcollm_privacy.errors import SiteFailed
-from secure_fedcollm.answer_memory import request_digest
-from secure_fedcollm.flare_transport import ServerController, SiteExecutor
-from secure_fedcollm.transport import Handler, InProcessTransport, Transport
+from fedcollm_privacy.identity import SigningKey, save_public
+from secure_fedcollm.engine_process import EngineProcess
+from secure_fedcollm.engine_rules import engine_rules
+from secure_fedcollm.engine_transport import EngineTransport, RequestEvent, relay_post
+from secure_fedcollm.flare import FlareJobs
+from secure_fedcollm.job_keeper import JobKeeper
 
 SITES = ("s00", "s01", "s02")
+STRANGER = "s03"  # provisioned, but no site of the roster
+SERVER = "localhost"
+LEAD = "lead@fedcollm.server"
 ROOT = Path(__file__).parents[1]
-FOLDER = "FEDCOLLM_TEST_FOLDER"
-ROSTER_TIME = 1_800_000_000.0
-SERVER_KEY = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"the server of these tests").digest())
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "privacy"), str(ROOT / "audits")])
 
-
-def signed(message: bytes, signature: bytes) -> bool:
-    """Whether it is the server's signature; a real site pins the public key alone."""
-    try:
-        SERVER_KEY.public_key().verify(signature, message)
-    except InvalidSignature:
-        return False
-    return True
-
-
-def echo_site(name: str, run: str) -> Handler:
-    """Answers with what the operation says; notes in ``<name>.calls`` that it was worked on."""
-    folder = Path(os.environ[FOLDER])
-
-    def handle(operation: str, body: bytes) -> bytes:
-        with (folder / f"{name}.calls").open("a") as file:
-            file.write(f"{operation} {hashlib.sha256(body).hexdigest()[:16]}\n")
-        if operation == "decline":
-            raise SiteFailed(name, "declined")
-        if operation == "crash":
-            raise RuntimeError(f"SECRET of {name}")
-        if operation.startswith("sleep"):
-            time.sleep(float(operation[5:]))
-        if operation == "give":
-            return bytes(int(body))
-        return body
-
-    return handle
-
-
-class EchoSite(SiteExecutor):
-    def __init__(self) -> None:
-        super().__init__(echo_site, signed=signed, largest_body=200 * 2**20)
-
-    def handle_event(self, event_type: str, fl_ctx: Any) -> None:
-        super().handle_event(event_type, fl_ctx)
-        if event_type == "_start_run" and fl_ctx.get_identity_name() == "s01" and "FEDCOLLM_TEST_EVIL" in os.environ:
-            threading.Thread(target=ask_another_site, args=(fl_ctx.get_engine(), fl_ctx.get_job_id())).start()
-
-
-def ask_another_site(engine: Any, run: str) -> None:
-    """What a hostile site can do: send its neighbour a request as the server does; notes what it heard."""
+# What a hostile administrator can do: FLARE's job process at his site runs his code.
+HOSTILE = """
+import sys
+if any("worker_process" in word for word in sys.orig_argv):
+    import os, threading, time
+    from pathlib import Path
     from nvflare.apis.shareable import Shareable
+    from secure_fedcollm import flare
+    from secure_fedcollm.answer_memory import request_digest
 
-    request, body = Shareable(), b"from s01"
-    request.update(
-        digest=request_digest(run, "evil", body), operation="evil", body=body, wait_s=1.0, signature=bytes(64)
-    )
-    for _ in range(10):
-        time.sleep(0.5)
-        with engine.new_context() as context:
-            answers = engine.send_aux_request(
-                targets=["s00"], topic="fedcollm.request", request=request, timeout=5.0, fl_ctx=context, optional=True
-            )
-        if "word" in answers.get("s00", {}):
-            (Path(os.environ[FOLDER]) / "heard").write_text(str(answers["s00"]["word"]))
-            return
+    honest = flare.SiteRelay.handle_event
 
+    def ask_neighbour(engine):
+        request, body = Shareable(), b"from s01"
+        request.update(digest=request_digest("run", bytes(16), "evil", body), operation="evil", body=body, wait_s=1.0)
+        request.update(signature=bytes(64), run="run", nonce=bytes(16), size=len(body), at=0, offset=0)
+        for _ in range(40):
+            time.sleep(0.25)
+            with engine.new_context() as context:
+                answers = engine.send_aux_request(
+                    targets=["s00"], topic="fedcollm", request=request, timeout=5.0, fl_ctx=context, optional=True
+                )
+            word = answers.get("s00", {}).get("word", "away")
+            if word != "away":
+                Path(os.environ["HEARD"]).write_text(word)
+                return
 
-def _timed_round(transport: Transport, operation: str, body: bytes, sites: tuple[str, ...] = SITES) -> dict[str, Any]:
-    start = time.perf_counter()
-    replies = list(transport.ask(operation, dict.fromkeys(sites, body)))
-    took = time.perf_counter() - start
-    return {
-        "s": took,
-        "order": [reply.site for reply in replies],
-        "codes": {reply.site: reply.code for reply in replies},
-        "sha": {r.site: hashlib.sha256(r.body).hexdigest() if r.body is not None else None for r in replies},
-    }
+    def handle_event(self, event_type, fl_ctx):
+        honest(self, event_type, fl_ctx)
+        if event_type == "_start_run" and fl_ctx.get_identity_name() == "s01":
+            threading.Thread(target=ask_neighbour, args=(fl_ctx.get_engine(),), daemon=True).start()
 
-
-def lead_echo(transport: Transport, run: str) -> None:
-    """Works through ``script.json``: [operation, length or null, repetitions]; writes ``echo.json`` as it goes."""
-    folder = Path(os.environ[FOLDER])
-    results: list[dict[str, Any]] = []
-    for operation, length, count in json.loads((folder / "script.json").read_text()):
-        for index in range(count):
-            body = str(length).encode() if operation == "give" else index.to_bytes(4, "big") + b"x" * length
-            if operation == "give":
-                body += b" " * index
-            row = _timed_round(transport, operation, body)
-            row |= {"operation": operation, "length": length, "rss": psutil.Process().memory_info().rss}
-            row |= {"pid": os.getpid(), "run": run, "at": time.time()}
-            results.append(row)
-            temporary = folder / "echo.part"
-            temporary.write_text(json.dumps(results))
-            os.replace(temporary, folder / "echo.json")
-
-
-class EchoServer(ServerController):
-    def __init__(self) -> None:
-        super().__init__(
-            lead_echo,
-            SITES,
-            sign=SERVER_KEY.sign,
-            deadlines_s={"sleep30": 3.0},
-            deadline_s=float(os.environ.get("FEDCOLLM_TEST_DEADLINE", "60")),
-            unreachable_s=float(os.environ.get("FEDCOLLM_TEST_UNREACHABLE", "10")),
-            wait_s=2.0,
-        )
-
-
-def assembled(folder: Path) -> Any:
-    """The embedded run's own assembly in a copy of its folder: keys, roster, ledgers, models."""
-    from secure_fedcollm import parties
-    from secure_fedcollm.assembly import assemble
-    from secure_fedcollm.config import Config
-    from secure_fedcollm.folder import RunFolder
-    from secure_fedcollm.progress import RunProgress
-    from secure_fedcollm.strict_build import build
-
-    # Every process makes the roster for itself, and all must make the same one.
-    parties.time = SimpleNamespace(time=lambda: ROSTER_TIME)
-    os.environ["FEDCOLLM_HOME"] = str(folder / "home")
-    run_folder, plain = RunFolder.resume(str(folder / "run"))
-    return assemble(build(Config, plain), run_folder, RunProgress(quiet=True))
-
-
-def round_site(name: str, run: str) -> Handler:
-    parts = assembled(Path(os.environ[FOLDER]))
-    return next(site for site in parts.federation.sites if site.name == name).handle
-
-
-class RoundSite(SiteExecutor):
-    def __init__(self) -> None:
-        super().__init__(round_site, signed=signed)
-
-
-def run_rounds(folder: Path, transport: Transport | None) -> dict[str, Any]:
-    """Two of the project's rounds over ``transport``, or in this process; what came of them."""
-    from fedcollm_privacy.aggregator import Aggregator
-    from fedcollm_privacy.decryptor import Decryptor
-    from fedcollm_privacy.secure_sum import MaskedSum
-    from secure_fedcollm.rounds import adapter_digests, run_round
-
-    parts = assembled(folder)
-    federation = parts.federation
-    if transport is not None:
-        federation.secure_sum.close()
-        secure_sum = MaskedSum(
-            aggregator=Aggregator(),
-            decryptor=Decryptor(parts.roster),
-            key=parts.server_key,
-            roster=parts.roster,
-            channel=transport,
-            witness=federation.transcript.record,
-        )
-        federation = replace(federation, transport=transport, secure_sum=secure_sum, sites=())
-    state, rows = parts.start, []
-    try:
-        for server_round in (1, 2):
-            start = time.perf_counter()
-            result = run_round(federation, state, server_round, 1, parts.config.secure_sum.value_bits)
-            state = result.state
-            rows.append(
-                {
-                    "outcome": result.outcome,
-                    "reason": result.reason,
-                    "cohort": list(result.cohort),
-                    "left_out": dict(result.left_out),
-                    "distrusted": dict(result.distrusted),
-                    "settled": {s.site: [s.steps, s.epsilon] for s in result.settlements},
-                    "s": time.perf_counter() - start,
-                    **adapter_digests(state),
-                }
-            )
-    finally:
-        federation.secure_sum.close()
-    return {"rounds": rows}
-
-
-def lead_rounds(transport: Transport, run: str) -> None:
-    folder = Path(os.environ[FOLDER])
-    result = run_rounds(folder, transport)
-    (folder / "rounds.json").write_text(json.dumps(result))
-
-
-class RoundServer(ServerController):
-    def __init__(self) -> None:
-        super().__init__(lead_rounds, SITES, sign=SERVER_KEY.sign, deadline_s=180.0)
-
-
-def in_process_echo(script: list[list[Any]], folder: Path) -> list[dict[str, Any]]:
-    """The same script without an engine."""
-    os.environ[FOLDER] = str(folder)
-    transport = InProcessTransport({name: echo_site(name, "here") for name in SITES})
-    (folder / "script.json").write_text(json.dumps(script))
-    lead_echo(transport, "here")
-    return list(json.loads((folder / "echo.json").read_text()))
+    flare.SiteRelay.handle_event = handle_event
+"""
 
 
 def free_port() -> int:
@@ -236,239 +79,190 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def provision(root: Path) -> Path:
+    """Kits of FLARE's own provisioning in a folder each; the folder of folders."""
+    port = free_port()
+    server: dict[str, Any] = {"name": SERVER, "type": "server", "org": "example", "default_host": "localhost"}
+    lead = {"name": LEAD, "type": "admin", "org": "example", "role": "lead"}
+    project = {
+        "api_version": 3,
+        "name": "fedcollm",
+        "description": "loopback",
+        "participants": [
+            server | {"fed_learn_port": port, "admin_port": port},
+            lead,
+            *({"name": site, "type": "client", "org": "example"} for site in (*SITES, STRANGER)),
+        ],
+        "builders": [
+            {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
+            {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+            {"path": "nvflare.lighter.impl.cert.CertBuilder"},
+            {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
+        ],
+    }
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "project.yml").write_text(yaml.safe_dump(project))
+    command = [
+        sys.executable,
+        "-m",
+        "nvflare.lighter.provision",
+        "-p",
+        str(root / "project.yml"),
+        "-w",
+        str(root / "w"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HOME": str(root)}, cwd=root)
+    kits = root / "w" / "fedcollm" / "prod_00"
+    for name in (SERVER, *SITES, STRANGER):
+        engine_rules(kits / name / "local", "server" if name == SERVER else "site")
+    return kits
+
+
 @dataclass
 class Federation:
-    """Kits from FLARE's own provisioning, each party a process; `close` ends them and all their children."""
+    """Server and sites on loopback; `close` ends all of them."""
 
     root: Path
-    port: int
-    folders: dict[str, Path]
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
+    kits: Path
+    key: SigningKey
+    engines: dict[str, EngineProcess] = field(default_factory=dict)
+    sites: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    events: list[RequestEvent] = field(default_factory=list)
+    keeper: JobKeeper | None = None
 
     @classmethod
-    def provision(cls, root: Path, allowed: dict[str, list[str]], folders: dict[str, Path]) -> Federation:
-        """Make the kits and write the parties' own rules; ``allowed`` lists classes for ``server`` and ``site``."""
-        port = free_port()
-        admin = {"name": "admin@example.org", "type": "admin", "org": "example", "role": "project_admin"}
-        server = {
-            "name": "localhost",
-            "type": "server",
-            "org": "example",
-            "fed_learn_port": port,
-            "admin_port": port,
-            "default_host": "localhost",
-        }
-        project = {
-            "api_version": 3,
-            "name": "fedcollm",
-            "description": "loopback",
-            "participants": [server, admin, *({"name": s, "type": "client", "org": "example"} for s in SITES)],
-            "builders": [
-                {"path": "nvflare.lighter.impl.workspace.WorkspaceBuilder"},
-                {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
-                {"path": "nvflare.lighter.impl.cert.CertBuilder"},
-                {"path": "nvflare.lighter.impl.signature.SignatureBuilder"},
-            ],
-        }
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "project.yml").write_text(yaml.safe_dump(project))
-        subprocess.run(
-            [sys.executable, "-m", "nvflare.lighter.provision", "-p", str(root / "project.yml"), "-w", str(root / "w")],
-            check=True,
-            capture_output=True,
-            env=os.environ | {"HOME": str(root)},
-            cwd=root,
-        )
-        self = cls(root=root, port=port, folders=folders)
-        for name in ("localhost", *SITES):
-            self._rules(name, allowed["server" if name == "localhost" else "site"])
+    def make(cls, root: Path, *, hostile: bool = False) -> Federation:
+        key = SigningKey.generate("server")
+        self = cls(root=root, kits=provision(root / "flare"), key=key)
+        save_public(key.public, root / "server.pub")
+        hook = root / "hook"
+        hook.mkdir()
+        (hook / "sitecustomize.py").write_text(HOSTILE)
+        for name in (SERVER, *SITES, STRANGER):
+            folder = root / name
+            folder.mkdir()
+            evil = hostile and name == "s01"
+            self.engines[name] = EngineProcess(
+                side="server" if name == SERVER else "site",
+                engine=self.kits / name,
+                name=name,
+                org="example",
+                socket=folder / "engine.sock",
+                state=folder,
+                environment={
+                    "PYTHONPATH": f"{hook}{os.pathsep}{PATHS}" if evil else PATHS,
+                    "HEARD": str(root / "heard"),
+                },
+            )
         return self
 
-    def kit(self, name: str) -> Path:
-        return self.root / "w" / "fedcollm" / "prod_00" / name
+    def start(self) -> None:
+        for name in (SERVER, *SITES):
+            self.engines[name].start()
+        for name in SITES:
+            self.start_site(name)
+        self.keeper = JobKeeper(FlareJobs(self.kits / LEAD, LEAD), SITES, self.root / SERVER / "engine.sock")
+        self.keeper.start()
 
-    def _rules(self, name: str, classes: list[str]) -> None:
-        local = self.kit(name) / "local"
-        resources = json.loads((local / "resources.json.default").read_text())
-        resources["class_allow_list"] = classes
-        if name == "localhost":
-            storage = self.root / "storage"
-            resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(storage / "snapshots")
-            for component in resources["components"]:
-                if component["id"] == "job_manager":
-                    component["args"]["uri_root"] = str(storage / "jobs")
-        if "FEDCOLLM_TEST_STREAM_LOGS" not in os.environ:  # FLARE's own default sends sites' error logs to the server
-            resources["allow_log_streaming"] = False
-            resources["components"] = [c for c in resources["components"] if c["id"] != "site_log_streamer"]
-        (local / "resources.json").write_text(json.dumps(resources))
-        rules = json.loads((local / "authorization.json.default").read_text())
-        # No code of the submitter's, whoever that is.
-        rules["permissions"]["project_admin"] = {
-            "submit_job": "any",
-            "manage_job": "any",
-            "view": "any",
-            "byoc": "none",
-        }
-        (local / "authorization.json").write_text(json.dumps(rules))
+    def start_site(self, name: str) -> None:
+        (self.root / name / "up").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "tests.flare_site", name, str(self.root / name)]
+        with (self.root / name / "out").open("ab") as out:
+            environment = os.environ | {"PYTHONPATH": PATHS}
+            self.sites[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
-    def start(self, name: str) -> None:
-        side = "server" if name == "localhost" else "client"
-        command = [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{side}.{side}_train"]
-        command += ["-m", str(self.kit(name)), "-s", f"fed_{side}.json", "--set", "secure_train=true", "org=example"]
-        command += ["config_folder=config", *([] if side == "server" else [f"uid={name}"])]
-        env = (
-            os.environ
-            | self.env
-            | {
-                "HOME": str(self.root),
-                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "privacy"), str(ROOT / "audits")]),
-                "PYTHONWARNINGS": "ignore",
-                "OMP_NUM_THREADS": "1",
-                "MALLOC_ARENA_MAX": "4",
-                FOLDER: str(self.folders[name]),
-            }
-        )
-        (self.kit(name) / "transfer").mkdir(exist_ok=True)
-        with (self.root / f"{name}.out").open("ab") as out:
-            self.processes[name] = subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=self.kit(name))
+    def transport(self, **options: Any) -> EngineTransport:
+        post = relay_post(self.root / SERVER / "engine.sock")
+        options = {"key": self.key, "observe": self.events.append} | options
+        return EngineTransport(post, "run", SITES, **options)
 
-    def start_all(self) -> None:
-        for name in ("localhost", *SITES):
-            self.start(name)
+    def wait_for_job(self, seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds
+        while self.keeper is None or len(self.keeper.reachable) < len(SITES):
+            if time.monotonic() > end:
+                raise TimeoutError("not all sites can be reached")
+            time.sleep(0.1)
 
-    def job_process(self, name: str) -> psutil.Process | None:
-        """The process that works on the job at this party; FLARE's parent process starts one a job."""
-        for child in psutil.Process(self.processes[name].pid).children(recursive=True):
+    def calls(self, name: str, operation: str) -> list[str]:
+        path = self.root / name / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if line.split()[0] == operation]
+
+    def process(self, name: str, kind: str) -> psutil.Process:
+        """FLARE's ``parent`` or ``job`` process of this party."""
+        found = [p for p in self.engines[name].processes() if is_job(p) == (kind == "job")]
+        if not found:
+            raise LookupError(f"{name} has no {kind} process")
+        return found[0]
+
+    def kill(self, name: str, kind: str) -> None:
+        """End all of this kind: beside a job's process that of the job before it may still be there."""
+        found = [p for p in self.engines[name].processes() if is_job(p) == (kind == "job")]
+        if not found:
+            raise LookupError(f"{name} has no {kind} process")
+        for process in found:
             with contextlib.suppress(psutil.Error):
-                if any(m in " ".join(child.cmdline()) for m in ("worker_process", "runner_process")):
-                    return child
-        return None
+                process.send_signal(signal.SIGKILL)
 
     @contextlib.contextmanager
-    def session(self, timeout_s: float = 60.0) -> Iterator[Any]:
+    def session(self) -> Iterator[Any]:
         from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-        session = new_secure_session("admin@example.org", str(self.kit("admin@example.org")), timeout=timeout_s)
+        session = new_secure_session(LEAD, str(self.kits / LEAD), timeout=30.0)
         try:
             yield session
         finally:
             session.close()
 
-    def wait_for_sites(self, session: Any, seconds: float = 60.0) -> None:
-        end = time.monotonic() + seconds
-        while len(session.get_system_info().client_info) < len(SITES):
-            if time.monotonic() > end:
-                raise TimeoutError("not all sites registered")
-            time.sleep(0.5)
-
-    def job(self, server: str, site: str, **meta: Any) -> Path:
-        """A job's folder: three JSON files that name one class at each side."""
-        folder = self.root / "job"
-        shutil.rmtree(folder, ignore_errors=True)
-        config = folder / "app" / "config"
-        config.mkdir(parents=True)
-        fields = {"name": "fedcollm", "deploy_map": {"app": ["@ALL"]}, "min_clients": 2, "resource_spec": {}} | meta
-        (folder / "meta.json").write_text(json.dumps(fields))
-        (config / "config_fed_server.json").write_text(
-            json.dumps({"format_version": 2, "workflows": [{"id": "rounds", "path": server}], "components": []})
-        )
-        executor = {"tasks": ["none"], "executor": {"path": site}}
-        (config / "config_fed_client.json").write_text(
-            json.dumps({"format_version": 2, "executors": [executor], "components": []})
-        )
-        return folder
-
     def close(self) -> None:
-        gone: list[psutil.Process] = []
-        for process in self.processes.values():
-            with contextlib.suppress(psutil.Error):
-                parent = psutil.Process(process.pid)
-                gone += [*parent.children(recursive=True), parent]
-        for process in gone:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
-        for process in self.processes.values():
+        if self.keeper is not None:
+            self.keeper.close()
+        for process in self.sites.values():
+            process.kill()
             process.wait(timeout=30)
+        for engine in self.engines.values():
+            engine.stop()
 
 
-def finished(session: Any, job: str, seconds: float) -> str:
-    """How the job ended, or its status after so long."""
-    end = time.monotonic() + seconds
-    while True:
-        status = str(session.get_job_meta(job)["status"])
-        if status.startswith("FINISHED") or time.monotonic() > end:
-            return status
-        time.sleep(0.3)
+def is_job(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any(word in " ".join(process.cmdline()) for word in ("worker_process", "runner_process"))
+    return False
 
 
-def refusals(federation: Federation, folders: dict[str, Path]) -> dict[str, Any]:
-    """Jobs and a site that must be turned away, and what became of each; then an honest job."""
-    ours = ("tests.flare_federation.EchoServer", "tests.flare_federation.EchoSite")
-    result: dict[str, Any] = {}
-    with federation.session() as session:
-        federation.wait_for_sites(session)
-        # A class that FLARE's own default list allows and this site's list does not.
-        job = federation.job(ours[0], "nvflare.app_common.np.np_trainer.NPTrainer")
-        result["class not listed"] = finished(session, session.submit_job(str(job)), 60)
-        job = federation.job(*ours)
-        (job / "app" / "custom").mkdir()
-        (job / "app" / "custom" / "evil.py").write_text("open('/dev/null')\n")
-        try:
-            result["code with a job"] = finished(session, session.submit_job(str(job)), 60)
-        except Exception as error:
-            result["code with a job"] = f"refused: {error}"
-        honest = session.submit_job(str(federation.job(*ours)))
-        result["honest"] = finished(session, honest, 60)
-        # The same name, with a key of another authority; then, as a control, with its own key again. It trusts the
-        # true authority all the time, so that the refusal is the server's.
-        other = Federation.provision(federation.root / "other", {"server": [], "site": []}, folders)
-        startup = federation.kit("s02") / "startup"
-        shutil.copytree(startup, federation.root / "own")
-        for source, seconds in ((other.kit("s02") / "startup", 20.0), (federation.root / "own", 60.0)):
-            federation.processes["s02"].kill()
-            federation.processes["s02"].wait()
-            for name in ("client.crt", "client.key"):
-                shutil.copy(source / name, startup / name)
-            log = federation.kit("s02") / "log.txt"
-            seen, end = len(log.read_text()), time.monotonic() + seconds
-            federation.start("s02")
-            registered = False
-            while not registered and time.monotonic() < end:
-                time.sleep(0.5)
-                registered = "Successfully registered" in log.read_text()[seen:]
-            result.setdefault("registered", []).append(registered)
-    result["calls"] = {name: (folders[name] / f"{name}.calls").exists() for name in SITES}
-    return result
+def replace_keys(federation: Federation, source: Path) -> None:
+    """Give the stranger the keys that lie in ``source``; it trusts the true authority all the time."""
+    for name in ("client.crt", "client.key"):
+        shutil.copy(source / name, federation.kits / STRANGER / "startup" / name)
 
 
-def main(arguments: list[str]) -> None:
-    """``rounds ROOT``, ``embedded ROOT``, ``echo ROOT SCRIPT``, ``refusals ROOT``; its last line is the result."""
-    what, root = arguments[0], Path(arguments[1])
-    if what == "embedded":
-        result: dict[str, Any] = run_rounds(root / "embedded", None)
-        (root / "embedded" / "rounds.json").write_text(json.dumps(result))
-    else:
-        folders = {name: root / name for name in ("localhost", *SITES)}
-        for folder in folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
-        kind = "Round" if what == "rounds" else "Echo"
-        server, site = f"tests.flare_federation.{kind}Server", f"tests.flare_federation.{kind}Site"
-        federation = Federation.provision(root / "flare", {"server": [server], "site": [site]}, folders)
-        (folders["localhost"] / "script.json").write_text(arguments[2] if what == "echo" else '[["echo", 9, 1]]')
-        start = time.monotonic()
-        try:
-            federation.start_all()
-            if what == "refusals":
-                result = refusals(federation, folders)
-            else:
-                with federation.session() as session:
-                    federation.wait_for_sites(session)
-                    ready_s = time.monotonic() - start
-                    status = finished(session, session.submit_job(str(federation.job(server, site))), 240)
-                written = folders["localhost"] / ("rounds.json" if what == "rounds" else "echo.json")
-                result = {"status": status, "ready_s": ready_s, "job_s": time.monotonic() - start - ready_s}
-                result |= {"got": json.loads(written.read_text()) if written.exists() else None}
-        finally:
-            federation.close()
-    sys.stdout.write("\n" + json.dumps(result) + "\n")
+def registered(federation: Federation, name: str) -> bool:
+    log = federation.kits / name / "log.txt"
+    return log.exists() and "Successfully registered" in log.read_text()
+
+
+def resident(federation: Federation) -> dict[str, float]:
+    """Resident memory now, MB, by party and kind of process."""
+    found = {}
+    for name in (SERVER, *SITES):
+        for process in federation.engines[name].processes():
+            with contextlib.suppress(psutil.Error):
+                found[f"{name} {'job' if is_job(process) else 'parent'}"] = process.memory_info().rss / 1e6
+    return found
+
+
+def job_folder(root: Path, server: str, site: str) -> Path:
+    """A job that names other classes than the relays."""
+    shutil.rmtree(root, ignore_errors=True)
+    config = root / "app" / "config"
+    config.mkdir(parents=True)
+    meta = {"name": "other", "deploy_map": {"app": ["server", *SITES]}, "min_clients": 1, "resource_spec": {}}
+    (root / "meta.json").write_text(json.dumps(meta))
+    (config / "config_fed_server.json").write_text(
+        json.dumps({"format_version": 2, "workflows": [{"id": "relay", "path": server}], "components": []})
+    )
+    executor = {"tasks": ["none"], "executor": {"path": site}}
+    (config / "config_fed_client.json").write_text(
+        json.dumps({"format_version": 2, "executors": [executor], "components": []})
+    )
+    return root

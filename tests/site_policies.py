@@ -55,9 +55,11 @@ def guard(
     **changes: Any,
 ) -> SiteGuard:
     """A site's guard over `write_policy`'s policy."""
-    policy = load_policy(write_policy(folder / f"{site}.yaml", site, server, base_model, **changes), site)
+    path = write_policy(folder / f"{site}.yaml", site, server, base_model, **changes)
+    policy = load_policy(path, site)
     return SiteGuard(
         policy=policy,
+        path=path,
         rule=policy.data_sets[0],
         server=server,
         base_model=base_model,
@@ -70,7 +72,7 @@ def write_policies(
     home: Path, sites: Iterable[str], location: Path, base_model: str, unit: str = "record", **changes: Any
 ) -> None:
     """What administrators leave in ``home`` before a run on private data; the server's key is made there."""
-    from secure_fedcollm.parties import identity_of
+    from secure_fedcollm.home import identity_of
 
     for site in sites:
         path = home / "policies" / f"{site}.yaml"

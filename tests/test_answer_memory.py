@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcollm_privacy.errors import InvalidValue, SiteFailed
-from secure_fedcollm.answer_memory import CODES, AnswerMemory, Kept, request_digest
+from secure_fedcollm.answer_memory import CODES, AnswerMemory, Kept, Request, request_digest
 
-RUN = "run-1"
+RUN, NONCE = "run-1", bytes(range(16))
 
 
 class Counting:
@@ -43,35 +43,45 @@ def handler() -> Iterator[Counting]:
 
 
 def put(memory: AnswerMemory, operation: str, body: bytes, wait_s: float = 30.0) -> Kept:
-    return memory.ask(request_digest(RUN, operation, body), operation, body, wait_s)
+    request = Request(run=RUN, nonce=NONCE, operation=operation, body=body)
+    return memory.ask(request_digest(RUN, NONCE, operation, body), request, wait_s)
 
 
-def test_a_digest_is_sha256_over_length_prefixed_run_and_operation_and_the_body() -> None:
-    spelled = b"\0\0\0\x01r" + b"\0\0\0\x02op" + b"body"
-    assert request_digest("r", "op", b"body") == hashlib.sha256(spelled).hexdigest()
+def answered(body: bytes) -> Kept:
+    return Kept(word="answered", body=body, sha256=hashlib.sha256(body).hexdigest())
+
+
+def test_a_digest_is_sha256_over_length_prefixed_run_nonce_and_operation_and_the_body() -> None:
+    spelled = b"\0\0\0\x01r" + b"\0\0\0\x02\x07\x08" + b"\0\0\0\x02op" + b"body"
+    assert request_digest("r", b"\x07\x08", "op", b"body") == hashlib.sha256(spelled).hexdigest()
+
+
+PARTS = st.tuples(st.text(), st.binary(), st.text(), st.binary())
 
 
 @settings(max_examples=200)
-@given(st.tuples(st.text(), st.text(), st.binary()), st.tuples(st.text(), st.text(), st.binary()))
-def test_different_requests_have_different_digests(a: tuple[str, str, bytes], b: tuple[str, str, bytes]) -> None:
+@given(PARTS, PARTS)
+def test_different_requests_have_different_digests(
+    a: tuple[str, bytes, str, bytes], b: tuple[str, bytes, str, bytes]
+) -> None:
     assert (request_digest(*a) == request_digest(*b)) == (a == b)
 
 
-def test_text_cannot_move_between_run_operation_and_body() -> None:
-    digests = {request_digest("ab", "c", b"d"), request_digest("a", "bc", b"d"), request_digest("a", "b", b"cd")}
-    assert len(digests) == 3
+def test_bytes_cannot_move_between_run_nonce_operation_and_body() -> None:
+    spread = [("ab", b"c", "d", b"e"), ("a", b"bc", "d", b"e"), ("a", b"b", "cd", b"e"), ("a", b"b", "c", b"de")]
+    assert len({request_digest(*parts) for parts in spread}) == 4
 
 
 def test_a_request_that_comes_again_is_answered_from_memory(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN)
+    memory = AnswerMemory(handler)
     first, again = put(memory, "train", b"abc"), put(memory, "train", b"abc")
-    by_digest = memory.ask(request_digest(RUN, "train", b"abc"), "train", None, 0)
-    assert first == again == by_digest == Kept(word="answered", body=b"cba")
+    by_digest = memory.ask(request_digest(RUN, NONCE, "train", b"abc"), None, 0)
+    assert first == again == by_digest == answered(b"cba")
     assert handler.calls == [("train", b"abc")]
 
 
 def test_while_it_is_worked_on_a_repeated_request_waits_for_the_one_result(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN)
+    memory = AnswerMemory(handler)
     handler.gate.clear()
     assert put(memory, "train", b"abc", 0.0).word == "working"
     with ThreadPoolExecutor(8) as pool:
@@ -83,14 +93,14 @@ def test_while_it_is_worked_on_a_repeated_request_waits_for_the_one_result(handl
 
 @pytest.mark.parametrize("operation", CODES)
 def test_a_refusal_is_remembered_like_an_answer(handler: Counting, operation: str) -> None:
-    memory = AnswerMemory(handler, RUN)
+    memory = AnswerMemory(handler)
     assert put(memory, operation, b"") == put(memory, operation, b"") == Kept(word=operation)
     assert len(handler.calls) == 1
 
 
 @pytest.mark.parametrize("operation", ["other", "crash"])
 def test_whatever_else_goes_wrong_is_the_word_failed_and_no_text(handler: Counting, operation: str) -> None:
-    assert put(AnswerMemory(handler, RUN), operation, b"") == Kept(word="failed")
+    assert put(AnswerMemory(handler), operation, b"") == Kept(word="failed")
 
 
 @pytest.mark.parametrize(
@@ -99,25 +109,29 @@ def test_whatever_else_goes_wrong_is_the_word_failed_and_no_text(handler: Counti
 def test_a_request_that_is_not_what_its_digest_says_is_declined(
     handler: Counting, run: str, operation: str, body: bytes
 ) -> None:
-    memory = AnswerMemory(handler, RUN)
-    assert memory.ask(request_digest(run, operation, body), "train", b"x", 1).word == "declined"
+    memory = AnswerMemory(handler)
+    named = request_digest(run, NONCE, operation, body)
+    request = Request(run=RUN, nonce=NONCE, operation="train", body=b"x")
+    assert memory.ask(named, request, 1).word == "declined"
+    assert memory.ask(request_digest(RUN, NONCE, "train", b"x"), request, 30).word == "answered"
+    handler.calls.pop()
     assert handler.calls == []
 
 
 def test_a_body_that_is_too_long_is_declined_unread(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN, largest_body=3)
+    memory = AnswerMemory(handler, largest_body=3)
     assert put(memory, "train", b"abc").word == "answered"
     assert put(memory, "train", b"abcd").word == "declined"
     assert len(handler.calls) == 1
 
 
 def test_an_answer_asked_for_before_its_request_came_is_unknown(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN)
-    assert memory.ask(request_digest(RUN, "train", b"x"), "train", None, 0).word == "unknown"
+    memory = AnswerMemory(handler)
+    assert memory.ask(request_digest(RUN, NONCE, "train", b"x"), None, 0).word == "unknown"
 
 
 def test_answers_take_bounded_memory_and_a_dropped_one_is_declined_not_made_again(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN, kept_bytes=100)
+    memory = AnswerMemory(handler, kept_bytes=100)
     bodies = [bytes([i]) * 30 for i in range(10)]
     for body in bodies:
         put(memory, "part", body)
@@ -127,12 +141,12 @@ def test_answers_take_bounded_memory_and_a_dropped_one_is_declined_not_made_agai
 
 
 def test_the_newest_answer_is_kept_however_long(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN, kept_bytes=1)
+    memory = AnswerMemory(handler, kept_bytes=1)
     assert put(memory, "part", b"abc").body == put(memory, "part", b"abc").body == b"cba"
 
 
 def test_requests_are_worked_on_one_at_a_time_in_order(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN)
+    memory = AnswerMemory(handler)
     handler.gate.clear()
     for i in range(5):
         put(memory, "part", bytes([i]), 0.0)
@@ -143,7 +157,7 @@ def test_requests_are_worked_on_one_at_a_time_in_order(handler: Counting) -> Non
 
 
 def test_too_many_waiting_requests_are_turned_away_and_may_come_again(handler: Counting) -> None:
-    memory = AnswerMemory(handler, RUN)
+    memory = AnswerMemory(handler)
     handler.gate.clear()
     words = [put(memory, "part", i.to_bytes(2, "big"), 0.0).word for i in range(70)]
     assert words == ["working"] * 64 + ["failed"] * 6
@@ -155,4 +169,4 @@ def test_too_many_waiting_requests_are_turned_away_and_may_come_again(handler: C
 @pytest.mark.parametrize("wait_s", [float("nan"), -1.0, float("inf"), "1"])
 def test_a_wait_that_is_no_time_is_refused(handler: Counting, wait_s: float) -> None:
     with pytest.raises(InvalidValue):
-        put(AnswerMemory(handler, RUN), "train", b"", wait_s)
+        put(AnswerMemory(handler), "train", b"", wait_s)

@@ -180,6 +180,7 @@ def test_one_co_tuning_step_moves_both_models(
         temperature=1.0,
         direction="forward",
         top_k=None,
+        alignment="same",
         train_slm=True,
         train_llm=True,
         slm_learning_rate=1e-2,

@@ -21,15 +21,20 @@ HOMES = {
     "dp_accounting": {"accounting", "tuning"},  # what steps cost; what choosing among runs costs
     "hydra": {"cli", "sweep_cli"},  # composes there; tells lists from values here
     "matplotlib": {"figures"},
-    "nvflare": {"flare_transport"},
+    "msgpack": {"local_socket"},
+    "nvflare": {"flare"},
     "opacus": {"per_sample", "cross_checks", "second_accountant"},  # gradients; its PRV accountant, twice
     "peft": {"models"},
+    "prometheus_client": {"watch"},
+    "pyarrow": {"sweep_results"},
     "rouge_score": {"evaluation"},
     "sqlite3": {"durable", "check_files"},  # the auditor opens ledgers with code of its own
+    "submitit": {"sweep_cluster"},
     "tenseal": {"ckks", "ckks_secret"},  # public and secret half are kept apart, so that the path shows in a diff
     "tokenizers": {"pretraining"},
-    "transformers": {"models", "pretraining"},  # the embedded pair is built from a bare configuration
-    "typer": {"cli", "keys_cli", "ledger_cli", "policy_cli", "sweep_cli"},  # apart because cli is hydra's home
+    "transformers": {"checkpoints", "pretraining"},  # the embedded pair is built from a bare configuration
+    # Apart because cli is hydra's home.
+    "typer": {"cli", "deploy_cli", "keys_cli", "ledger_cli", "policy_cli", "service_cli", "status_table", "sweep_cli"},
     "zstandard": {"ckks"},
 }
 

@@ -32,6 +32,7 @@ def settings(**changes: Any) -> DistillationConfig:
             "temperature": 1.0,
             "direction": "forward",
             "top_k": None,
+            "alignment": "same",
             "train_slm": True,
             "train_llm": True,
             "slm_learning_rate": RATE,

@@ -35,7 +35,7 @@ from secure_fedcollm.folder import Checkpoint, RunFolder
 from secure_fedcollm.models import AdaptedModel, base_digest_of
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.rounds import State
-from secure_fedcollm.run import run
+from secure_fedcollm.run import run_embedded
 from secure_fedcollm.server_optimizer import AdamState, adam_step
 from secure_fedcollm.site import PrivateBudget, Site
 from secure_fedcollm.strict_build import build
@@ -359,7 +359,7 @@ def launch(
             ]
         )
         config = build(Config, plain)
-        return run(config, RunFolder.create(config.output_dir, config.name, plain), RunProgress(quiet=True))
+        return run_embedded(config, RunFolder.create(config.output_dir, config.name, plain), RunProgress(quiet=True))
 
     return start
 

@@ -99,7 +99,7 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
             held_out_fraction=0.2,
             max_length=64,
         ),
-        model=ModelConfig(slm=None, llm=None, dtype="float32", activation_checkpointing=False),
+        model=ModelConfig(slm=None, llm=None, dtype="float32", activation_checkpointing=False, llm_device_map=None),
         adapter=AdapterConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=None, aggregation=aggregation),
         privacy=None,
         federation=FederationConfig(
@@ -124,6 +124,7 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
                 "temperature": 1.0,
                 "direction": "forward",
                 "top_k": None,
+                "alignment": "same",
                 "train_slm": True,
                 "train_llm": True,
                 "slm_learning_rate": RATE,
@@ -335,7 +336,7 @@ def test_03_and_04_every_setting_is_read_and_has_an_effect(
     Here the settings are frozen dataclasses without defaults and mypy checks each name; this shows that each is used.
     """
     assert {f.name for f in dataclasses.fields(DistillationConfig)} == {
-        *("steps", "batch_size", "kd_weight", "temperature", "direction", "top_k"),
+        *("steps", "batch_size", "kd_weight", "temperature", "direction", "top_k", "alignment"),
         *("train_slm", "train_llm", "slm_learning_rate", "llm_learning_rate"),
     }
     results = []
@@ -536,16 +537,19 @@ def test_12_both_models_step_together_and_as_often_as_distillation_says(
     """
     lab = laboratory(settings("factor_average", steps=5))
     seen: list[tuple[Vector, Vector]] = []
-    original = distillation.collate
+    original, batches = distillation.collate, 0
 
     def noted(*arguments: Any) -> Batch:
-        seen.append((lab.slm.read(), lab.llm.read()))
+        nonlocal batches
+        if batches % 2 == 0:  # a step reads its records for both models before either moves
+            seen.append((lab.slm.read(), lab.llm.read()))
+        batches += 1
         return original(*arguments)
 
     monkeypatch.setattr(distillation, "collate", noted)
     lab.server.co_tune(lab.start.slm, lab.start.llm, 1)
     seen.append((lab.slm.read(), lab.llm.read()))
-    assert len(seen) == 5 + 1
+    assert (batches, len(seen)) == (2 * 5, 5 + 1)
     for (slm, llm), (next_slm, next_llm) in pairwise(seen):
         assert (slm != next_slm).any()
         assert (llm != next_llm).any()

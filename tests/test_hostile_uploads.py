@@ -40,6 +40,7 @@ from fedcollm_privacy.messages import (
     TrainRequest,
     canonical_json,
 )
+from fedcollm_privacy.run_messages import ClaimsRequest, RunAnswer, RunOffer, SiteClaims
 from fedcollm_privacy.secure_sum_messages import (
     DIGEST_BYTES,
     Advertisement,
@@ -655,6 +656,10 @@ MESSAGES: tuple[Any, ...] = (
     WitnessedHead(**HEAD, witness=bytes(64)),
     StatementOffer(run_id="run", payload=b'{"predicate":{}}'),
     Endorsement(site="s00", statement=HEX, signature=bytes(64)),
+    ClaimsRequest(run_id="run"),
+    SiteClaims(site="s00", run_id="run", claims=b'{"epsilon":1}'),
+    RunOffer(run_id="run", terms=b'{"server":"server"}', signature=bytes(64)),
+    RunAnswer(site="s00", run_id="run", terms_digest=HEX, standing="waiting"),
     TrainRequest(plan_digest=HEX, adapter=np.arange(3, dtype=np.float32), public_key=b"key"),
     Receipt(plan_digest=HEX, server_round=1, outcome="included"),
     Settlement(

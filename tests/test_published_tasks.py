@@ -16,7 +16,7 @@ from secure_fedcollm.data import load
 from secure_fedcollm.evaluation import evaluate
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.progress import RunProgress
-from secure_fedcollm.run import run
+from secure_fedcollm.run import run_embedded
 from secure_fedcollm.strict_build import build
 
 TASKS = ["commonsense_qa", "openbookqa", "arc_easy", "arc_challenge"]
@@ -68,7 +68,7 @@ def test_a_run_on_the_task_scores_the_published_test_split(
         ]
     )
     config = build(Config, plain)
-    summary = run(config, RunFolder.create(config.output_dir, config.name, plain), RunProgress(quiet=True))
+    summary = run_embedded(config, RunFolder.create(config.output_dir, config.name, plain), RunProgress(quiet=True))
     assert "published test split" in summary["note"]
     for name in ("slm", "llm"):
         assert 0.0 <= summary[name]["after"]["acc"] <= 1.0

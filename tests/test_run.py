@@ -28,7 +28,7 @@ from secure_fedcollm.evaluation import evaluate
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.models import base_digest_of
 from secure_fedcollm.progress import RunProgress
-from secure_fedcollm.run import run
+from secure_fedcollm.run import run_embedded
 from secure_fedcollm.strict_build import build
 
 from .site_policies import write_policies
@@ -120,7 +120,7 @@ def launch(
         unit = "record" if config.privacy is None else config.privacy.unit
         write_policies(tmp_path / "home", [f"s{site:02d}" for site in range(sites)], notes, digest, unit)
         folder = RunFolder.create(config.output_dir, config.name, plain)
-        return run(config, folder, RunProgress(quiet=True))
+        return run_embedded(config, folder, RunProgress(quiet=True))
 
     return start
 

@@ -23,10 +23,10 @@ from fedcollm_privacy.site_policy import DataSetRule, PlanRules
 from secure_fedcollm.cli import compose_config
 from secure_fedcollm.config import Config
 from secure_fedcollm.folder import RunFolder
+from secure_fedcollm.home import identity_of
 from secure_fedcollm.models import base_digest_of
-from secure_fedcollm.parties import identity_of
 from secure_fedcollm.progress import RunProgress
-from secure_fedcollm.run import run
+from secure_fedcollm.run import run_embedded
 from secure_fedcollm.strict_build import build
 
 from .site_policies import write_policies, write_policy
@@ -63,7 +63,7 @@ def start(tmp_path: Path, notes: Path, tiny_checkpoint: Callable[..., Path]) -> 
             given = [o for o in given if not o.startswith("privacy.")] + ["~privacy"]
         plain = compose_config(given)
         config = build(Config, plain)
-        return run(config, RunFolder.create(config.output_dir, config.name, plain), RunProgress(quiet=True))
+        return run_embedded(config, RunFolder.create(config.output_dir, config.name, plain), RunProgress(quiet=True))
 
     return launch
 

@@ -25,6 +25,7 @@ import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy import stats
 
 from fedcollm_privacy.errors import ConfigError, InvalidValue
 from secure_fedcollm import sweep as sweep_module
@@ -32,7 +33,9 @@ from secure_fedcollm import sweep_cli
 from secure_fedcollm.cli import compose_config
 from secure_fedcollm.sweep import fitting_jobs, run_cells, sweep_lock
 from secure_fedcollm.sweep_cells import Axis, Cell, Outcome, kept_cells, new_cells
-from secure_fedcollm.sweep_cli import parse_grid, sweep
+from secure_fedcollm.sweep_cli import parse_grid, parse_search, sweep
+from secure_fedcollm.sweep_cluster import run_cell, run_on_cluster
+from secure_fedcollm.sweep_search import Interval, Options, draw
 
 from .test_run import SMALL, write_notes
 
@@ -68,6 +71,136 @@ def test_quoted_values_come_through_as_they_were_meant(tmp_path: Path) -> None:
 def test_what_cannot_be_listed_is_refused_by_its_word(word: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(word.partition("=")[0])):
         parse_grid([word])
+
+
+# ---------------------------------------------------------------------------------------------- random search
+
+SEARCH = ["privacy.max_grad_norm=tag(log,interval(0.1,10))", "adapter.r=choice(4,8,16)", "federation.rounds=range(2,9)"]
+
+
+def test_functions_are_drawn_and_lists_and_seeds_are_crossed() -> None:
+    words = [*SEARCH, "adapter.lora_alpha=int(interval(1,64))", "method=fedavg,fedcollm", "seed=range(0,3)", "name=x"]
+    drawn, others = parse_search(words)
+    assert drawn == [
+        Interval(field="privacy.max_grad_norm", low=0.1, high=10.0, logarithmic=True),
+        Options(field="adapter.r", values=("4", "8", "16")),
+        Options(field="federation.rounds", values=tuple("2345678")),
+        Interval(field="adapter.lora_alpha", low=1, high=64, whole=True),
+    ]
+    grid, fixed = parse_grid(others)
+    assert [(axis.field, axis.values) for axis in grid] == [
+        ("method", ("fedavg", "fedcollm")),
+        ("seed", ("0", "1", "2")),
+    ]
+    assert fixed == ["name=x"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "a=tag(log,choice(1,2))", "a=tag(normal,interval(1,2))", "a=tag(log,interval(0,1))", "a=interval(1,inf)",
+        "a=interval(nan,1)", "a=interval(2,1)", "a=interval(1,1)", "a=choice(1,1)", "a=range(3,3)", "a=interval(1",
+    ],
+)  # fmt: skip
+def test_ranges_without_a_meaning_are_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"a |overrides"):
+        parse_search([word])
+
+
+@pytest.mark.parametrize(
+    ("one", "law"),
+    [
+        (Interval(field="a", low=0.1, high=10, logarithmic=True), stats.loguniform(0.1, 10)),
+        (Interval(field="b.c", low=-3, high=7), stats.uniform(-3, 10)),
+        (Interval(field="a", low=1e-6, high=1e6, logarithmic=True), stats.loguniform(1e-6, 1e6)),
+    ],
+)
+def test_draws_follow_scipys_laws(one: Interval, law: Any) -> None:
+    values = [float(setting[one.field]) for setting in draw([one], trials=4000, seed=11)]
+    assert min(values) >= one.low
+    assert max(values) < one.high
+    assert stats.kstest(values, law.cdf).pvalue > 1e-3
+    other = stats.uniform(one.low, one.high - one.low) if one.logarithmic else stats.loguniform(0.1, 10)
+    assert stats.kstest(values, other.cdf).pvalue < 1e-9  # the test can tell one law from another
+
+
+def test_whole_draws_and_options_have_the_chances_that_scipy_gives() -> None:
+    count = 3000
+    one = Interval(field="adapter.r", low=1, high=9, whole=True, logarithmic=True)
+    fields = [Options(field="method", values=("x", "y", "z")), one, Interval(field="unique", low=0, high=1)]
+    settings = draw(fields, trials=count, seed=5)
+    assert len(settings) == count
+    seen = [int(setting["adapter.r"]) for setting in settings]
+    law = stats.loguniform(1, 9)
+    expected = [count * (law.cdf(k + 1) - law.cdf(k)) for k in range(1, 9)]
+    assert stats.chisquare([seen.count(k) for k in range(1, 9)], expected).pvalue > 1e-3
+    methods = [setting["method"] for setting in settings]
+    assert stats.chisquare([methods.count(m) for m in "xyz"]).pvalue > 1e-3
+    pairs = [[sum(m == x and r <= 3 for m, r in zip(methods, seen, strict=True)) for x in "xyz"]]
+    pairs.append([methods.count(x) - low for x, low in zip("xyz", pairs[0], strict=True)])
+    assert stats.chi2_contingency(pairs).pvalue > 1e-3  # fields are drawn independently
+
+
+@given(seed=st.integers(0, 2**40), trials=st.integers(1, 30), more=st.integers(0, 30))
+def test_more_trials_and_more_fields_keep_the_draws_there_were(seed: int, trials: int, more: int) -> None:
+    one, other = Interval(field="a", low=1, high=2), Options(field="b", values=("1", "2"))
+    first = draw([one], trials=trials, seed=seed)
+    assert draw([one, other], trials=trials + more, seed=seed)[:trials] == [
+        {**a, **b} for a, b in zip(first, (draw_all(other, trials, seed)), strict=True)
+    ]
+    assert draw([one], trials=trials, seed=seed + 1) != first
+
+
+def draw_all(one: Options, trials: int, seed: int) -> list[dict[str, str]]:
+    """The draws of a field by itself; beside a number that never comes twice, no draw is left out."""
+    beside = Interval(field="beside", low=0, high=1)
+    return [{one.field: setting[one.field]} for setting in draw([one, beside], trials=trials, seed=seed)]
+
+
+def test_the_same_words_draw_the_same_settings_for_ever() -> None:
+    drawn, _ = parse_search(SEARCH)
+    assert draw(drawn, trials=3, seed=7) == [
+        {"privacy.max_grad_norm": "0.379915", "adapter.r": "8", "federation.rounds": "5"},
+        {"privacy.max_grad_norm": "3.1531", "adapter.r": "4", "federation.rounds": "5"},
+        {"privacy.max_grad_norm": "3.91691", "adapter.r": "8", "federation.rounds": "4"},
+    ]
+
+
+def test_a_setting_that_comes_up_again_is_one_setting() -> None:
+    few = [Options(field="adapter.r", values=("4", "8"))]
+    assert sorted(s["adapter.r"] for s in draw(few, trials=50, seed=0)) == ["4", "8"]
+    with pytest.raises(ConfigError, match="fields to draw"):
+        draw([], trials=3, seed=0)
+    with pytest.raises(InvalidValue, match="trials"):
+        draw(few, trials=0, seed=0)
+
+
+def test_drawn_settings_are_crossed_with_methods_and_seeds(tmp_path: Path) -> None:
+    drawn, others = parse_search([*SEARCH[1:], "method=fedavg,standalone", "seed=range(0,2)", *PUBLIC])
+    grid, fixed = parse_grid(others)
+    found = draw(drawn, trials=4, seed=1)
+    cells = new_cells(tmp_path, grid, fixed, compose_config, found)
+    fields = ("adapter.r", "federation.rounds", "method", "seed")
+    assert [tuple(cell.values[f] for f in fields) for cell in cells] == [
+        (*setting.values(), method, seed) for setting in found for method in ("fedavg", "standalone") for seed in "01"
+    ]
+    for cell in cells:
+        assert cell.config is not None
+        assert str(cell.config["federation"]["rounds"]) == cell.values["federation.rounds"]
+    again = new_cells(tmp_path, grid, fixed, compose_config, draw(drawn, trials=6, seed=1))
+    assert again[: len(cells)] == cells
+    with pytest.raises(ConfigError, match="given twice"):
+        new_cells(tmp_path, grid, ["adapter.r=3", *fixed], compose_config, found)
+
+
+def test_an_interval_without_trials_is_refused_and_trials_without_an_interval_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="with --trials"):
+        sweep([*PUBLIC, "privacy.max_grad_norm=interval(1,2)", f"sweep_dir={tmp_path / 'a'}"], quiet=True)
+    with pytest.raises(ConfigError, match="fields to draw"):
+        sweep([*PUBLIC, "seed=0,1", f"sweep_dir={tmp_path / 'a'}"], trials=3, quiet=True)
+    with pytest.raises(ConfigError, match=r"seed=interval"):
+        sweep([*PUBLIC, "adapter.r=choice(1,2)", "seed=interval(0,9)"], trials=3, quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @settings(max_examples=15)
@@ -271,7 +404,7 @@ def test_an_interrupted_sweep_lets_go_of_its_cells(tmp_path: Path, monkeypatch: 
     assert let_go == ["0", "1"]
 
 
-def test_a_terminal_sees_what_is_under_way_and_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_sees_what_is_under_way_and_what_failed(tmp_path: Path) -> None:
     cells = [bare(tmp_path / name) for name in ("done", "broken", "busy")]
     cells[2].run.mkdir()
     (cells[2].run / "metrics.jsonl").write_text('{"server_round": 3, "outcome": "opened"}\n{"server_r')
@@ -281,10 +414,9 @@ def test_a_terminal_sees_what_is_under_way_and_what_failed(tmp_path: Path, monke
         tell(cells[1], Outcome(status="failed", reason="no such [red]file", seconds=1.0, attempts=1))
         tell(cells[2], Outcome(status="running", attempts=1))
 
-    monkeypatch.setattr(sweep_cli, "run_cells", stub)
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-        sweep_cli._run(cells, 1, 0, console)
+        sweep_cli._run(cells, 1, 0, console, stub)
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         text = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).split())
         assert "broken: failed after 1 s: no such [red]file" in text
@@ -374,7 +506,9 @@ def test_a_sweep_is_ordinary_runs_and_their_table(whole: tuple[Path, dict[str, d
         assert float(row["slm_loss_after"]) == summary["slm"]["after"]["loss"]
         assert float(row["slm_gain"]) == summary["slm"]["before"]["loss"] - summary["slm"]["after"]["loss"] != 0
         assert int(row["bytes_up"]) == summary["bytes_up"]
-        assert (row["worst_site"] != "") == (row["method"] == "standalone")
+        gains = {site: ends["before"]["loss"] - ends["after"]["loss"] for site, ends in summary["per_site"].items()}
+        assert len(gains) == 3  # every method has a worst site, not only one that leaves sites their own models
+        assert (row["worst_site"], float(row["worst_site_gain"])) == min(gains.items(), key=lambda item: item[1])
         for left in ("statement.json", "slm_adapter", "transcript.jsonl", "metrics.jsonl", "config.yaml"):
             assert (run / left).exists()
     assert "4 of 4 runs finished" in (folder / "sweep.html").read_text()
@@ -431,6 +565,35 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table(
     attempts = {cell.name: cell.outcome.attempts for cell in kept_cells(folder)}
     assert attempts[begun[0].parent.parent.name] == 2
     assert table(folder) == whole[1]
+
+
+def test_a_killed_random_search_goes_on_with_the_same_draws_and_gives_the_same_table(
+    fixed: list[str], tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    words = [word for word in fixed if not word.startswith("federation.rounds")]
+    words += [f"model.slm={tiny_checkpoint('llama')}", "privacy.epsilon=null", "method=zero_shot"]
+    words += ["data.held_out_fraction=tag(log,interval(0.1,0.4))"]
+    sweep([*words, f"sweep_dir={tmp_path / 'whole'}"], trials=2, trials_seed=3, quiet=True)
+    assert len({row["slm_loss_after"] for row in table(tmp_path / "whole").values()}) == 2
+
+    folder = tmp_path / "killed"
+    code = "import sys; from secure_fedcollm.sweep_cli import sweep as search; "
+    code += "search(sys.argv[1:], trials=2, trials_seed=3, jobs=1)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words, f"sweep_dir={folder}"], env=dict(os.environ), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not list(folder.glob("cells/*/run/run.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the search ended before it could be killed"
+    assert not (folder / "results.csv").exists()
+
+    sweep([*words, f"sweep_dir={folder}"], trials=2, trials_seed=3, quiet=True)
+    assert table(folder) == table(tmp_path / "whole")
+    (said,) = json.loads((folder / "commands.json").read_text())["commands"]
+    assert said.startswith("fedcollm sweep --trials=2 --trials-seed=3 ")
+    assert "interval(0.1,0.4)" in said
 
 
 def test_a_failing_cell_is_told_and_the_rest_goes_on(
@@ -498,3 +661,150 @@ def test_nothing_to_sweep_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one folder"):
         sweep(["sweep_dir=a", "sweep_dir=b"], quiet=True)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- clusters
+
+SLURM = {
+    # Stands for Slurm's commands: a job is a process of this machine, its state a file.
+    "sbatch": """
+        id=$((1000 + $(ls "$FAKE_SLURM" | wc -l))); touch "$FAKE_SLURM/$id.state"
+        file=${@: -1}
+        (
+            echo RUNNING > "$FAKE_SLURM/$id.state"
+            SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 \\
+                SLURM_JOB_NODELIST=here bash "$file" > "$FAKE_SLURM/../$id.log" 2>&1 \\
+                && echo COMPLETED > "$FAKE_SLURM/$id.state" || echo FAILED > "$FAKE_SLURM/$id.state"
+        ) > /dev/null 2>&1 &
+        echo "Submitted batch job $id"
+    """,
+    "srun": """
+        while [ "${1#-}" != "$1" ]; do case $1 in --output|--error) shift 2;; *) shift;; esac; done
+        exec "$@"
+    """,
+    "sacct": """
+        echo "JobID|State|NodeList"
+        for file in "$FAKE_SLURM"/*.state; do echo "$(basename "$file" .state)|$(cat "$file")|here"; done
+    """,
+    "scancel": """
+        echo CANCELLED > "$FAKE_SLURM/$1.state"
+    """,
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands named as Slurm's; the folder holds one state file a job."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "states").mkdir()
+    for name, body in SLURM.items():
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!/bin/bash\n{body}")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "states"))
+    return tmp_path / "states"
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
+def test_jobs_give_the_table_that_processes_of_this_machine_give(
+    launcher: str,
+    grid: list[str],
+    whole: tuple[Path, dict[str, dict[str, str]]],
+    slurm: Path,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "sweep"
+    left_out = f"seed_{int(launcher == 'submitit_slurm')}-method_standalone-"
+    for done in whole[0].glob("cells/*"):  # one of the four is left for a job
+        if not done.name.startswith(left_out):
+            shutil.copytree(done, folder / "cells" / done.name)
+    assert len(list(folder.glob("cells/*"))) == 3
+    sweep([*grid, f"sweep_dir={folder}"], launcher=launcher, resource=["timeout_min=30"], quiet=True)
+    assert table(folder) == whole[1]
+    (noted,) = folder.glob("cells/*/job.json")
+    assert json.loads(noted.read_text())["launcher"] == launcher
+    assert (len(list(slurm.iterdir())) == 1) is (launcher == "submitit_slurm")
+    assert (folder / "jobs").stat().st_mode & 0o077 == 0  # pickles: nobody else may write there
+    assert kept_cells(folder)[0].outcome.peak_bytes > 10**8
+
+
+def test_a_job_that_slurm_still_has_is_waited_for_and_not_submitted_again(slurm: Path, tmp_path: Path) -> None:
+    cell = bare(tmp_path / "cells" / "a")
+    (slurm / "77.state").write_text("RUNNING")
+    (cell.folder / "job.json").write_text(json.dumps({"launcher": "submitit_slurm", "job": "77"}))
+    told = []
+
+    def tell(cell: Cell, outcome: Outcome) -> None:
+        told.append(outcome.status)
+        if outcome.status == "running":
+            cell.run.mkdir()
+            for name in ("summary.json", "report.html"):
+                (cell.run / name).write_text("{}")
+            (slurm / "77.state").write_text("COMPLETED")
+
+    run_on_cluster([cell], jobs=1, sweep_dir=tmp_path, launcher="submitit_slurm", resources={}, tell=tell)
+    assert told == ["running", "finished"]
+    assert [path.name for path in slurm.iterdir()] == ["77.state"]
+
+
+def test_an_interrupted_sweep_cancels_its_jobs(slurm: Path, tmp_path: Path) -> None:
+    cell = bare(tmp_path / "cells" / "a")
+    (slurm / "78.state").write_text("PENDING")
+    (cell.folder / "job.json").write_text(json.dumps({"launcher": "submitit_slurm", "job": "78"}))
+
+    def interrupt(cell: Cell, outcome: Outcome) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_cluster([cell], jobs=1, sweep_dir=tmp_path, launcher="submitit_slurm", resources={}, tell=interrupt)
+    assert (slurm / "78.state").read_text().strip() == "CANCELLED"
+
+
+def test_a_job_that_ended_before_its_cell_is_a_failure_with_its_last_words(slurm: Path, tmp_path: Path) -> None:
+    cell = bare(tmp_path / "cells" / "a")  # no cell.json: the job cannot read what it is
+    told: list[Outcome] = []
+    run_on_cluster(
+        [cell], jobs=1, sweep_dir=tmp_path, launcher="submitit_local", resources={"timeout_min": 5},
+        tell=lambda cell, outcome: told.append(outcome),
+    )  # fmt: skip
+    assert [outcome.status for outcome in told] == ["running", "failed"]
+    assert "ended as" in told[1].reason
+    assert "delete that cell's folder" in told[1].reason
+
+
+def test_launchers_that_cannot_be_had_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*PUBLIC, "seed=0,1", f"sweep_dir={tmp_path / 'a'}"]
+    with pytest.raises(ConfigError, match="one of local, submitit_slurm"):
+        sweep(words, launcher="ray", quiet=True)
+    with pytest.raises(ConfigError, match="name=value"):
+        sweep(words, launcher="submitit_local", resource=["mem_gb"], quiet=True)
+    with pytest.raises(ConfigError, match="--jobs"):
+        sweep(words, resource=["mem_gb=4"], quiet=True)
+    assert list(tmp_path.iterdir()) == []
+    cell = bare(tmp_path / "cells" / "a")
+
+    def run(launcher: str, **resources: int) -> None:
+        run_on_cluster(
+            [cell], jobs=1, sweep_dir=tmp_path, launcher=launcher, resources=resources, tell=lambda c, o: None
+        )
+
+    with pytest.raises(ConfigError, match="memory_please"):
+        run("submitit_local", memory_please=3)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="srun"):
+        run("submitit_slurm")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigError, match=r"secure-fedcollm\[cluster\]"):
+        run("submitit_local")
+
+
+def test_a_cell_has_one_job_at_a_time(tmp_path: Path) -> None:
+    with sweep_lock(tmp_path, wait_s=0):
+        waiting = threading.Thread(target=run_cell, args=[str(tmp_path)], daemon=True)
+        waiting.start()
+        waiting.join(timeout=1)
+        assert waiting.is_alive()
+        (tmp_path / "cell.json").write_text(json.dumps({"axes": [], "values": {}, "config": None, "refusal": "no"}))
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from scipy import stats
 
 from fedcollm_privacy.errors import InvalidValue
+from secure_fedcollm.figures import scatter_files
 from secure_fedcollm.sweep_advice import advice, kept, level_of
 from secure_fedcollm.sweep_cells import Cell, Outcome, put
+from secure_fedcollm.sweep_charts import charts
 from secure_fedcollm.sweep_figures import DARK, LIGHT, Point, front_of, palette_css, scatter
 from secure_fedcollm.sweep_report import selection_price, write_report
 from secure_fedcollm.sweep_results import Row, Setting, csv_text, differ, estimate, fields_of, rows_of, settings_of
@@ -210,12 +214,22 @@ def test_an_unreadable_run_is_a_failure_and_not_a_row_of_numbers(tmp_path: Path)
 
 def test_the_worst_site_is_the_one_that_gained_least(tmp_path: Path) -> None:
     cell = make_cell(tmp_path, {"method": "a"}, summary(0.1, epsilon=None))
-    sites = [{"a": {"loss": 3.0}, "b": {"loss": 4.0}}, {"a": {"loss": 2.0}, "b": {"loss": 3.5}}]
-    lines = [{"server_round": i, "sites": s, "outcome": "kept"} for i, s in enumerate(sites)]
-    (cell.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = rows_of([cell])
+    assert (row.worst_site, row.numbers.get("worst_site_gain")) == ("", None)  # private, or from before it was measured
+    losses = {"a": (3.0, 2.0), "b": (4.0, 3.5)}
+    sites = {s: {"before": {"loss": b}, "after": {"loss": a}} for s, (b, a) in losses.items()}
+    (cell.run / "summary.json").write_text(json.dumps({**summary(0.1, epsilon=None), "per_site": sites}))
     (row,) = rows_of([cell])
     assert row.worst_site == "b"
     assert (row.numbers["worst_site_gain"], row.numbers["worst_site_loss"]) == (0.5, 3.5)
+    assert row.numbers["best_site_gain"] == 1.0
+    page = write_report(tmp_path, [cell]).read_text()
+    assert re.search(r"method=a</td><td class=\"n\">\+0.500 \(one seed\)", page)
+    assert "worst site: what privacy costs" not in page  # a chart of what privacy costs needs runs with DP
+    private = summary(0.1, epsilon=1.0)
+    cells = [cell, make_cell(tmp_path, {"method": "b"}, {**private, "per_site": sites})]
+    assert "worst site: what privacy costs" in write_report(tmp_path, cells).read_text()
+    assert (tmp_path / "figures" / "worst_site_epsilon.pdf").exists()
 
 
 def test_choices_are_counted_in_accuracy(tmp_path: Path) -> None:
@@ -249,6 +263,13 @@ def test_of_settings_alike_the_cheapest_is_advised() -> None:
     assert "method=cheap (100 bytes" in text.split("Take")[1]
     (text,) = advice([setting("dear", same[0]), setting("cheap", same[1], bytes_up=900.0)], "slm", "nats")
     assert "method=dear" in text.split("Take")[1]
+
+
+def test_a_crowd_that_is_not_told_apart_is_counted_and_not_listed() -> None:
+    crowd = [setting(f"s{i}", [1.0 - i / 100, 1.5 - i / 100, 0.6 + i / 100]) for i in range(9)]
+    (text,) = advice(crowd, "slm", "nats")
+    assert "and 5 more with lower means" in text
+    assert sum(f"method=s{i} (+" in text.split("do not tell it apart")[1].split("Take")[0] for i in range(9)) == 3
 
 
 def test_what_may_not_help_is_not_advised() -> None:
@@ -313,19 +334,21 @@ def test_the_front_is_what_a_sweep_over_sorted_costs_finds(points: list[tuple[in
     assert {p for p, on in zip(points, front_of(points), strict=True) if on} == expected
 
 
-def chart(page: bool = True, label: str = "a") -> str:
-    points = [
+NAMES = ["one", "two {c0}", *"345678"]
+
+
+def some_points(label: str = "a") -> list[Point]:
+    return [
         Point(x=1.0, y=0.5, half=0.1, series=0, label=label, front=True),
         Point(x=8.0, y=0.9, half=None, series=1, label="{ink} & <b>", front=True),
         Point(x=None, y=1.0, half=0.0, series=7, label="none"),
     ]
-    names = ["one", "two {c0}", *"345678"]
-    return scatter("n", "T <t>", points, names, x_label="x", y_label="y", x_form=str, page=page)
 
 
-@pytest.mark.parametrize("page", [True, False])
-def test_pictures_are_whole_xml_with_title_and_description(page: bool) -> None:
-    root = ET.fromstring(chart(page, label="</title><script>alert(1)</script>"))
+def test_pictures_are_whole_xml_with_title_and_description() -> None:
+    points = some_points(label="</title><script>alert(1)</script>")
+    svg = scatter("n", "T <t>", points, NAMES, x_label="x", y_label="y", x_form=str)
+    root = ET.fromstring(svg)
     tags = [element.tag.rpartition("}")[2] for element in root.iter()]
     assert tags[:3] == ["svg", "title", "desc"]
     assert "script" not in tags
@@ -333,7 +356,7 @@ def test_pictures_are_whole_xml_with_title_and_description(page: bool) -> None:
     assert "T <t>" in texts
     assert any("{ink} & <b>" in text for text in texts)
     assert "two {c0}" in texts
-    assert ("var(--" in chart(page)) is page
+    assert "var(--c1)" in svg
 
 
 def test_a_point_lies_where_its_numbers_say() -> None:
@@ -391,6 +414,8 @@ def test_colours_keep_apart_for_colour_blind_readers(name: str, colours: Sequenc
     for code in colours:
         low, high = sorted(float(np.array([0.2126, 0.7152, 0.0722]) @ linear(c)) for c in (code, paper))
         assert (high + 0.05) / (low + 0.05) >= 3  # WCAG 2.2, 1.4.11
+    okabe_ito = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+    assert closest(colours, BLINDNESS[name]) > closest(okabe_ito, BLINDNESS[name])  # the usual palette for such readers
     # red and green of the same lightness would be told apart by most and not by these readers
     if name == "deuteranopia":
         assert closest(["#c44e00", "#7a6a00"], BLINDNESS["protanopia"]) < 10
@@ -409,9 +434,77 @@ def test_the_page_is_whole_loads_nothing_and_escapes_what_runs_say(tmp_path: Pat
     assert len(ids) == len(set(ids))
     assert palette_css().split("{")[1].strip().startswith("--c0: ")
     assert (tmp_path / "results.csv").read_text() == csv_text(rows_of(cells)).replace("\r\n", "\n")
-    alone = ET.parse(tmp_path / "gain_slm.svg").getroot()
-    assert alone.tag == "{http://www.w3.org/2000/svg}svg"
-    assert not (tmp_path / "gain_llm.svg").exists()
+    names = ("slm_epsilon", "slm_bytes_up", "slm_seconds")
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
+
+
+def streams(pdf: bytes) -> bytes:
+    """Everything a PDF holds, its compressed streams opened."""
+    found = [pdf]
+    for match in re.finditer(rb"stream\r?\n(.*?)\r?\nendstream", pdf, re.DOTALL):
+        try:
+            found.append(zlib.decompress(match[1]))
+        except zlib.error:
+            continue
+    return b"\n".join(found)
+
+
+def test_figures_for_a_paper_stand_alone_and_embed_truetype_fonts(tmp_path: Path) -> None:
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        scatter_files(folder, "f", some_points("$x$"), NAMES, x_label="ε & <b>", y_label="y", x_form=str)
+    for kind in ("svg", "pdf"):
+        assert (tmp_path / "one" / f"f.{kind}").read_bytes() == (tmp_path / "two" / f"f.{kind}").read_bytes()
+    pdf = (tmp_path / "one" / "f.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF-1.")
+    assert pdf.rstrip().endswith(b"%%EOF")
+    inside = streams(pdf)
+    fonts = re.findall(rb"/BaseFont /(\S+)", inside)
+    assert fonts
+    assert b"/FontFile2" in inside  # the TrueType programs are in the file
+    assert b"/Type3" not in inside
+    assert b"/FontFile2" not in streams(type_3(tmp_path))  # matplotlib's default, which publishers refuse
+    svg = ET.parse(tmp_path / "one" / "f.svg").getroot()
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {e.tag.rpartition("}")[2] for e in svg.iter()} & {"text", "image", "script"} == set()  # outlines only
+    assert not re.search(r'href="(?!#)', (tmp_path / "one" / "f.svg").read_text())
+
+
+def type_3(folder: Path) -> bytes:
+    figure = Figure()
+    figure.add_subplot().set_xlabel("ε")
+    figure.savefig(folder / "type3.pdf")
+    return (folder / "type3.pdf").read_bytes()
+
+
+def test_parquet_is_the_csv_as_pandas_reads_it(tmp_path: Path) -> None:
+    cells = make_sweep(tmp_path)
+    odd = {"method": 'a, "b"\nc', "privacy.epsilon": "0.5", "seed": "7"}
+    cells.append(make_cell(tmp_path, odd, summary(0.1, epsilon=0.5)))
+    write_report(tmp_path, cells)
+    table = pd.read_parquet(tmp_path / "results.parquet")
+    text = pd.read_csv(tmp_path / "results.csv")
+    assert len(table) == len(cells)
+    pd.testing.assert_frame_equal(table, text, check_dtype=False, check_exact=True)
+    assert table["seed"].dtype == "int64"
+    assert table["privacy.epsilon"].dtype == table["bytes_up"].dtype == "float64"
+    assert table["privacy.epsilon"].isna().sum() == 6  # null is no number: these are the runs without DP
+
+
+def test_a_drawn_field_has_a_chart_of_its_own(tmp_path: Path) -> None:
+    values = ["0.1", "0.35", "1.2", "4", "9e0"]
+    cells = [
+        make_cell(tmp_path, {"a.b": v, "method": m, "seed": "0"}, summary(i / 10, epsilon=None))
+        for i, v in enumerate(values)
+        for m in "xy"
+    ]
+    settings = settings_of(rows_of(cells))
+    (chart,) = [chart for chart in charts(settings, ["slm"], "nats") if chart.name == "slm_a_b"]
+    assert sorted({point.x for point in chart.points if point.x is not None}) == [float(v) for v in values]
+    assert chart.series == ("method=x", "method=y")
+    assert not any(point.front for point in chart.points)
+    assert [c.name for c in charts(settings, ["slm"], "nats")] == ["slm_bytes_up", "slm_seconds", "slm_a_b"]
+    assert "slm_a_b" not in [c.name for c in charts(settings_of(rows_of(cells[:8])), ["slm"], "nats")]
 
 
 def test_a_sweep_without_a_finished_run_still_has_a_page(tmp_path: Path) -> None:

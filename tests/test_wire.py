@@ -32,6 +32,7 @@ from fedcollm_privacy.messages import (
     canonical_json,
 )
 from fedcollm_privacy.peer_shares import Held, View
+from fedcollm_privacy.run_messages import STANDINGS, ClaimsRequest, RunAnswer, RunOffer, SiteClaims
 from fedcollm_privacy.secure_sum_messages import (
     Advertisement,
     Agreement,
@@ -216,6 +217,12 @@ OF_KIND |= {
     WitnessedHead: st.builds(WitnessedHead, **HEAD, witness=SIGNATURE),
     StatementOffer: st.builds(StatementOffer, run_id=NAME, payload=st.binary(max_size=99)),
     Endorsement: st.builds(Endorsement, site=NAME, statement=DIGEST, signature=SIGNATURE),
+    ClaimsRequest: st.builds(ClaimsRequest, run_id=NAME),
+    SiteClaims: st.builds(SiteClaims, site=NAME, run_id=NAME, claims=st.binary(max_size=99)),
+    RunOffer: st.builds(
+        RunOffer, run_id=NAME, terms=st.binary(max_size=99), signature=st.binary(min_size=64, max_size=64)
+    ),
+    RunAnswer: st.builds(RunAnswer, site=NAME, run_id=NAME, terms_digest=DIGEST, standing=st.sampled_from(STANDINGS)),
 }
 MESSAGE = st.one_of(*OF_KIND.values())
 
@@ -315,6 +322,10 @@ def test_kinds_keep_their_numbers() -> None:
         "WitnessedHead": 25,
         "StatementOffer": 26,
         "Endorsement": 27,
+        "ClaimsRequest": 28,
+        "SiteClaims": 29,
+        "RunOffer": 30,
+        "RunAnswer": 31,
     }
 
 
@@ -498,6 +509,13 @@ def test_what_is_nested_in_a_plan_is_checked_as_closely(part_of: str) -> None:
         (UnmaskShares, {"self_of": ("a",), "mask_of": ("a",), "self_shares": (b"1",), "mask_shares": (b"2",)}),
         (UnmaskShares, {"self_of": ("a", "b"), "mask_of": (), "self_shares": (b"1",), "mask_shares": ()}),
         (UnmaskShares, {"self_of": ("a", "a"), "mask_of": (), "self_shares": (b"1",) * 2, "mask_shares": ()}),
+        (ClaimsRequest, {"run_id": "../up"}),
+        (SiteClaims, {"claims": bytes(2**20 + 1)}),
+        (SiteClaims, {"site": "a b"}),
+        (RunOffer, {"terms": bytes(2**20 + 1)}),
+        (RunOffer, {"signature": bytes(63)}),
+        (RunAnswer, {"terms_digest": "ab"}),
+        (RunAnswer, {"standing": "left"}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value),
 )

@@ -45,10 +45,12 @@ def _true(evidence: Evidence, notes: Notes) -> None:
     if not private:
         notes.saw("The statement says that the run is not private, and promises no epsilon.")
         notes.require("sites" not in said, "The statement gives sites an epsilon in a run that is not private.")
+        notes.require("unstated" not in said, "The statement names sites without a claim in a run that claims nothing.")
         return
     rows = said.get("sites", {})
     if not rows:
         notes.problem("The statement calls the run private and names no site.")
+    _unstated(evidence, notes, said)
     for site, row in sorted(rows.items()):
         for field in _SITE:
             notes.require(field in row, f"Site {site}: the statement does not say {field}.")
@@ -69,6 +71,21 @@ def _true(evidence: Evidence, notes: Notes) -> None:
                 f"Round {event['server_round']} had no privacy terms, and the statement calls the run private."
             )
     notes.saw(f"{len(rows)} sites' numbers were compared with ledgers and recomputed.")
+
+
+def _unstated(evidence: Evidence, notes: Notes, said: Mapping[str, Any]) -> None:
+    """Sites for which nothing is claimed: named once, as sites of the roster, and no claim beside it."""
+    if "unstated" not in said:
+        return
+    named = said["unstated"]
+    if not isinstance(named, list) or not named or named != sorted(set(named)):
+        notes.problem("The statement's list of sites without a claim is empty, not sorted, or no list of names.")
+        return
+    known = {site for roster in evidence.rosters.values() for site in roster.sites}
+    for site in named:
+        notes.require(site in known, f"The statement claims nothing for {site!r:.80}, which is in no roster.")
+        notes.require(site not in said["sites"], f"Site {site}: the statement claims something, and nothing, for it.")
+        notes.gap(f"Site {site}: took part, and the statement claims nothing for its data.")
 
 
 def _rounds(evidence: Evidence, notes: Notes, said: Mapping[str, Any]) -> None:
@@ -103,6 +120,8 @@ def _summary(evidence: Evidence, notes: Notes, said: Mapping[str, Any]) -> None:
     }
     if said["rounds"]["planned"] > 0:  # where nothing was trained, nothing was spent, and nothing is promised
         due["private"] = said["private"]
+    if "unstated" in said or "unstated" in summary:
+        due["unstated"] = said.get("unstated")
     for field, value in due.items():
         if summary.get(field) != value:
             notes.problem(f"summary.json says {field} {summary.get(field)!r:.80}, the statement {value!r:.80}.")

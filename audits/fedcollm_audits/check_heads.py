@@ -13,6 +13,7 @@ from fedcollm_audits import shapes, signatures, strict_json
 from fedcollm_audits.evidence import Evidence, LedgerExport
 from fedcollm_audits.ledger_exports import sound_exports
 from fedcollm_audits.notes import Notes, asked
+from fedcollm_audits.statement_of import took_part
 from fedcollm_audits.verdict import Check
 
 __all__ = ["HEADS", "prefix_roots"]
@@ -53,6 +54,7 @@ def _signed(evidence: Evidence, notes: Notes, where: str, site: str, line: Mappi
 
 
 def _of_transcript(evidence: Evidence, notes: Notes) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    present = took_part(evidence)
     for event in evidence.events("tree_heads"):
         if wrong := shapes.event_problem(event):
             notes.problem(f"Transcript, event {event.get('seq')}: {wrong}.")
@@ -64,7 +66,8 @@ def _of_transcript(evidence: Evidence, notes: Notes) -> Iterator[tuple[str, str,
             elif not any(
                 site in later["heads"] for later in evidence.events("tree_heads") if later["seq"] > event["seq"]
             ):
-                notes.gap(f"{said} None came later.")
+                # Who never came has no ledger of this run to show a head of.
+                (notes.gap if site in present else notes.saw)(f"{said} None came later.")
         for site, line in sorted(event["heads"].items()):
             where, head = f"Site {site}, head after round {event['server_round']} in the transcript", line["head"]
             if (head["site"], head["run_id"], head["server_round"]) != (site, event["run_id"], event["server_round"]):

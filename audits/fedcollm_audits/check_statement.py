@@ -12,7 +12,7 @@ from fedcollm_audits.check_heads import prefix_roots
 from fedcollm_audits.evidence import Envelope, Evidence, LedgerExport
 from fedcollm_audits.ledger_exports import exports
 from fedcollm_audits.notes import Notes, asked
-from fedcollm_audits.statement_of import envelope_of
+from fedcollm_audits.statement_of import envelope_of, took_part, unstated_in
 from fedcollm_audits.verdict import Check
 
 __all__ = ["CHECKS"]
@@ -52,12 +52,18 @@ def _signed(evidence: Evidence, notes: Notes) -> None:
     for roster in named:
         if evidence.governance and not roster.governed:
             notes.problem(f"The roster {roster.digest[:16]} is not signed by the governance.")
-    needed = dict(last.sites)
+    there = {*evidence.predicate.get("sites", ()), *took_part(evidence)}
     if not evidence.events("plan"):  # nothing was exchanged: a roster may be filled up with sites that never were
-        there = {*evidence.predicate.get("sites", ()), *evidence.predicate["data"].get("sites", ())}
-        needed = {site: party for site, party in last.sites.items() if site in there} or needed
+        there |= {*evidence.predicate["data"].get("sites", ())}
+    needed = {site: party for site, party in last.sites.items() if site in there} or dict(last.sites)
+    unstated = unstated_in(evidence)
     for who, party in {"the server": last.server, **needed}.items():
-        notes.require(party.public_key in valid, f"{who} ({party.name}) did not sign the statement.")
+        if who in unstated and party.public_key not in valid:
+            notes.gap(f"{who} took part and did not sign the statement, which says so and claims nothing for it.")
+        else:
+            notes.require(party.public_key in valid, f"{who} ({party.name}) did not sign the statement.")
+    for site in sorted(set(last.sites) - set(needed)):
+        notes.saw(f"{site} stands in the roster and left no trace in this run: the statement does not speak for it.")
     parties = {p.public_key for roster in named for p in (roster.server, *roster.sites.values())}
     for key in sorted(valid - parties):
         notes.problem(f"A stranger's key, {key[:16]}, signed the statement.")
@@ -90,10 +96,17 @@ def _bound(evidence: Evidence, notes: Notes) -> None:
         notes.require(envelope.digest.encode() in card, f"The model card of {which} does not name this statement.")
     stated = predicate.get("sites", {})
     ledgers = dict(exports(evidence, Notes()))
-    for site in sorted(set(stated) | {s for s, x in ledgers.items() if any(x.of_run(evidence.run_id))}):
-        if site not in stated:
+    charged, unstated = {s for s, x in ledgers.items() if any(x.of_run(evidence.run_id))}, unstated_in(evidence)
+    for site in sorted({*stated, *unstated, *charged, *(took_part(evidence) if evidence.private else ())}):
+        if site in unstated and site not in stated:
+            notes.gap(
+                f"Site {site}: the statement claims nothing for it. "
+                + ("Its ledger lies here: look there for what it was charged." if site in charged else "Ask it why.")
+            )
+        elif site not in stated:
             if evidence.private:
-                notes.problem(f"Site {site}: has a ledger of this run and does not stand in the statement.")
+                what = "has a ledger of this run" if site in charged else "took part in this run"
+                notes.problem(f"Site {site}: {what} and does not stand in the statement.")
         elif site not in ledgers:
             notes.gap(
                 f"Site {site}: no export of its ledger lies here, so what the statement says of it has no witness."

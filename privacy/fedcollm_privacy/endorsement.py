@@ -1,4 +1,4 @@
-"""A site's signature under the privacy statement: given only if the statement says of it what its own ledger says."""
+"""What a site claims of itself, and its signature under the privacy statement: only if that says no less of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.statement_messages import Endorsement, StatementOffer
 from fedcollm_privacy.tree import tree_root
 
-__all__ = ["derived_claims", "endorse", "ledger_state"]
+__all__ = ["derived_claims", "endorse", "ledger_state", "site_claims"]
 
 _PROFILE = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 # What another machine's arithmetic may make of the same distribution; far below what a reader is shown.
@@ -70,6 +70,39 @@ def derived_claims(plan: DpPlan, steps: int, *, persons_known: bool) -> dict[str
     }
 
 
+def site_claims(ledger: Ledger, plan: DpPlan, run_id: str, *, persons_known: bool) -> dict[str, Any]:
+    """All that the run's statement says of a site, by its own ledger and plan; `endorse` signs no less.
+
+    Args:
+        ledger: the site's own.
+        plan: under which it trained.
+        run_id: the run.
+        persons_known: as in `derived_claims`.
+
+    Raises:
+        LedgerError: this plan was not committed to the run in this ledger.
+    """
+    planned, spent = _planned(ledger, plan, run_id), ledger.spent_in_run(run_id)
+    return {
+        "epsilon": spent.epsilon,
+        "delta": spent.delta,
+        "steps_reserved": spent.steps,
+        **derived_claims(plan, max(spent.steps, plan.steps), persons_known=persons_known),
+        "plan": planned["plan"],
+        "plan_digest": planned["plan_digest"],
+        "caps": planned["caps"],
+        "policy": planned["policy"],
+        "ledger": ledger_state(ledger),
+    }
+
+
+def _planned(ledger: Ledger, plan: DpPlan, run_id: str) -> Mapping[str, Any]:
+    planned = next((e for e in ledger.entries() if e["kind"] == "PLAN" and e["run_id"] == run_id), None)
+    if planned is None or planned["plan_digest"] != plan.digest:
+        raise LedgerError(f"run {run_id} has not committed this plan; nothing is signed about it")
+    return planned
+
+
 def endorse(
     offer: StatementOffer, *, key: SigningKey, run_id: str, plan: DpPlan | None, ledger: Ledger | None
 ) -> Endorsement:
@@ -84,7 +117,8 @@ def endorse(
 
     Raises:
         ProtocolError: the statement is malformed, of another run, claims privacy that this site did not apply, says
-            less than the ledger was charged or than follows from the plan, or another plan, caps, policy or ledger.
+            less than the ledger was charged or than follows from the plan, or another plan, caps, policy or ledger; or
+            it says that this site, which is here, did not answer.
         LedgerError: the ledger cannot be written, or has no such run; nothing is signed.
     """
     predicate = _predicate(offer.payload)
@@ -103,9 +137,7 @@ def endorse(
 
 def _require_own(said: Mapping[str, Any], unit: object, site: str, run_id: str, plan: DpPlan, ledger: Ledger) -> None:
     spent = ledger.spent_in_run(run_id)
-    planned = next((e for e in ledger.entries() if e["kind"] == "PLAN" and e["run_id"] == run_id), None)
-    if planned is None or planned["plan_digest"] != plan.digest:
-        raise LedgerError(f"run {run_id} has not committed this plan; nothing is signed about it")
+    planned = _planned(ledger, plan, run_id)
     own = {
         "unit": plan.unit,
         "plan": plan.as_dict(),
@@ -154,6 +186,9 @@ def _predicate(payload: bytes) -> Mapping[str, Any]:
 
 
 def _of_site(predicate: Mapping[str, Any], site: str) -> Mapping[str, Any]:
+    unstated = predicate.get("unstated", [])
+    if not isinstance(unstated, list) or site in unstated:
+        raise ProtocolError(f"the statement says that site {site} did not tell what its ledger was charged; it can")
     sites = predicate.get("sites")
     said = sites.get(site) if isinstance(sites, dict) else None
     if not isinstance(said, dict):

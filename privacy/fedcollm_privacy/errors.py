@@ -9,6 +9,7 @@
     ├── ModelError              a checkpoint does not fit what is asked of it
     ├── BudgetExceeded          a spend would cross a cap; nothing was spent
     ├── KeyFileError            a key file is unreadable, too open, or locked by another passphrase
+    ├── KitError                a kit, a request to take part or its grant is incomplete, altered or another party's
     ├── LedgerError             a ledger is unreadable, altered, or used out of order
     ├── PolicyRefused           the site's own policy says no (names the rule)
     ├── PrivacyViolation        the training step would not carry its stated guarantee
@@ -29,6 +30,7 @@ __all__ = [
     "FedCollmError",
     "InvalidValue",
     "KeyFileError",
+    "KitError",
     "LedgerError",
     "ModelError",
     "OpeningRefused",
@@ -76,6 +78,10 @@ class LedgerError(FedCollmError):
 
 class KeyFileError(FedCollmError):
     """A private key's file is missing, damaged, readable by others, or locked by another passphrase."""
+
+
+class KitError(FedCollmError):
+    """A kit, a party's request to take part, or the grant that answers it is incomplete, altered or another party's."""
 
 
 class PrivacyViolation(FedCollmError):

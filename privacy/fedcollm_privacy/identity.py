@@ -42,6 +42,7 @@ __all__ = [
 PURPOSES = (
     *("roster", "plan", "advertisement", "sealed_share", "upload", "agreement", "unmask"),
     *("ledger_entry", "tree_head", "witnessed_head"),
+    *("request", "run_offer", "enrolment"),
 )
 """What may be signed. A word is never given another meaning."""
 

@@ -40,6 +40,7 @@ from fedcollm_privacy.messages import (
     canonical_json,
     parse_json,
 )
+from fedcollm_privacy.run_messages import ClaimsRequest, RunAnswer, RunOffer, SiteClaims
 from fedcollm_privacy.secure_sum_messages import (
     Advertisement,
     Agreement,
@@ -87,6 +88,10 @@ KINDS: dict[int, type[Any]] = {
     25: WitnessedHead,
     26: StatementOffer,
     27: Endorsement,
+    28: ClaimsRequest,
+    29: SiteClaims,
+    30: RunOffer,
+    31: RunAnswer,
 }
 _NESTED = (RoundPlan, CkksParameters, DpTerms)
 MAX_BYTES = 2**31
