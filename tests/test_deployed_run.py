@@ -3,19 +3,23 @@ a restart."""
 
 from __future__ import annotations
 
+import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedcollm_privacy.entries import Cap
+from fedcollm_privacy.entries import Cap, verify_chain
 from fedcollm_privacy.errors import ConfigError
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.ledger_file import LedgerFile
 from fedcollm_privacy.site_policy import PlanRules
 from secure_fedcollm import run as run_module
+from secure_fedcollm import site as site_module
 from secure_fedcollm.assembly import Assembly, assemble
 from secure_fedcollm.config import Config
 from secure_fedcollm.folder import RunFolder
@@ -126,6 +130,44 @@ def test_a_site_that_dies_between_training_and_the_end_has_spent_and_is_in_the_n
     assert again.cohort == SITES
     (told,) = [s for s in again.settlements if s.site == "s02"]
     assert told.steps == 2
+
+
+def test_a_site_whose_disk_is_full_declines_before_it_trains_and_nothing_is_spent_in_silence(
+    federation: Federation, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = federation.serve(machines, "privacy.cap_epsilon=1000.0", "privacy.cap_delta=0.3")
+    served.federation.offers.enlist(machines)  # type: ignore[union-attr]
+    real, train, trained = sqlite3.connect, site_module.train_private, Counter[str]()
+
+    def full(path: Path, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = real(path, **options)
+        if Path(path) == federation.state("s01") / "ledger.sqlite":
+            connection.execute("PRAGMA max_page_count = 1")  # SQLite never goes below what is in use
+        return connection
+
+    def counted(**how: Any) -> Any:
+        trained["steps"] += 1
+        return train(**how)
+
+    monkeypatch.setattr(site_module, "train_private", counted)
+    state, ledger = served.start, LedgerFile(federation.state("s01") / "ledger.sqlite")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedcollm_privacy.durable.sqlite3.connect", full)
+        for server_round in range(1, 40):
+            before = trained.total()
+            result = play(served, state, server_round)
+            state = result.state
+            if result.outcome == "lost":
+                break
+    assert "ledger" in federation.refusals("s01")
+    # Two of three trained in that round, or it failed before anybody did; what the third reserved is what it trained.
+    assert trained.total() - before <= 2
+    found = ledger.entries()
+    verify_chain(found, served.roster.site("s01"))
+    reserved = [entry for entry in found if entry["kind"] == "RESERVE"]
+    assert len(reserved) in (server_round - 1, server_round)
+    assert play(served, state, server_round + 1).cohort == SITES  # there is room again
+    served.federation.secure_sum.close()
 
 
 def test_a_site_that_waits_holds_nobody_up_and_joins_once_it_is_approved(
