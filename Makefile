@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test fuzz lint bench clean
+.PHONY: run test fuzz namespaces lint bench clean
 
 run: .venv/.installed
 	$(BIN)/fedcollm run
@@ -13,6 +13,10 @@ test: lint
 # A hundred thousand hostile uploads and messages; `make test` sends ten thousand.
 fuzz: .venv/.installed
 	FEDCOLLM_FUZZ=100000 $(BIN)/python -m pytest tests/test_hostile_uploads.py
+
+# As root, with iproute2 and nftables: server and sites in network namespaces, sites with outgoing connections only.
+namespaces: .venv/.installed
+	$(BIN)/python -m tests.namespaces
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -26,6 +30,9 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/compressed_uploads.py
 	$(BIN)/python benchmarks/dp_step.py
 	$(BIN)/python benchmarks/audit.py
+	PYTHONPATH=. $(BIN)/python benchmarks/engine.py
+	PYTHONPATH=. $(BIN)/python benchmarks/kill_matrix.py
+	PYTHONPATH=. $(BIN)/python benchmarks/soak.py
 	$(if $(DATA),$(BIN)/python benchmarks/medquad.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 	$(if $(DATA),$(BIN)/python benchmarks/dp_loss.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 

@@ -109,7 +109,7 @@ def outcome_of(result: dict[str, Any]) -> str:
     if result["outcome"] != "opened":
         return f"round lost, run goes on{took}"
     if result["attempt"] > 1:
-        return f"continues: round run again (attempt {result['attempt']}){took}"
+        return f"continues: taken up again{took}"  # run anew, or concluded with the sum that was open
     if result["left_out"]:
         return f"continues without {', '.join(sorted(result['left_out']))}{took}"
     return f"continues, nobody left out{took}"
@@ -138,8 +138,8 @@ def main() -> None:
 
 Four sites, k = 3, t = 3, tiny models, loopback, real engine; one death a round, in {VICTIM_SITE}'s kit or the server's;
 whoever was killed is started again after 2 s. `parent` and `job` are the engine's two processes at a party. Seconds
-are those of the whole round, one run on a machine with other work. {len(results)} deaths in
-{time.monotonic() - started:.0f} s.
+are those of the whole round, one run on a machine with other work. A round that is taken up again is run anew, or,
+where its sum was open already, concluded with it. {len(results)} deaths in {time.monotonic() - started:.0f} s.
 
 {table(results)}
 
