@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test fuzz namespaces lint bench clean
+.PHONY: run test slow fuzz namespaces lint bench clean
 
 run: .venv/.installed
 	$(BIN)/fedcollm run
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Whole sweeps and the paper's settings: minutes more than `make test` takes for them.
+slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
 
 # A hundred thousand hostile uploads and messages; `make test` sends ten thousand.
 fuzz: .venv/.installed

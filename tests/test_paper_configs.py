@@ -205,6 +205,7 @@ def test_the_papers_method_runs_end_to_end_in_its_own_precision(
         assert changed(out / f"{name}_adapter")
 
 
+@pytest.mark.slow
 def test_the_papers_experiment_runs_with_differential_privacy(
     shared_data: Find, shared_model: Find, tmp_path: Path
 ) -> None:
@@ -271,6 +272,7 @@ def test_only_known_strategies_are_configured() -> None:
         composed("cqa", "s3", "model.llm_device_map=everywhere")
 
 
+@pytest.mark.slow
 def test_a_model_spread_over_two_devices_trains_and_co_tunes_without_mixing_them() -> None:
     cases = ["llama,cpu", "gpt2,gpu:0", "opt,cpu"]
     done = subprocess.run(

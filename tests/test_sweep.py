@@ -567,6 +567,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table(
     assert table(folder) == whole[1]
 
 
+@pytest.mark.slow
 def test_a_killed_random_search_goes_on_with_the_same_draws_and_gives_the_same_table(
     fixed: list[str], tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
@@ -706,6 +707,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "states"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
 def test_jobs_give_the_table_that_processes_of_this_machine_give(
     launcher: str,
