@@ -313,12 +313,10 @@ def test_a_watcher_is_told_of_every_round(assembled: Assembled) -> None:
         def round(self, server_round: int, attempt: int) -> None:
             told.append(("round", (server_round, attempt)))
 
-        def phase(self, operation: str) -> None:
-            told.append(("phase", operation))
-
         def round_done(self, outcome: Any) -> None:
             told.append(("done", outcome.outcome))
 
     parts, folder = assembled("federation.rounds=1", "data.declared=public", "privacy.insecure_test_seed=5")
-    run(parts, folder, RunProgress(quiet=True), watch=Watching())
-    assert told == [("round", (1, 1)), ("phase", "evaluate"), ("done", "opened")]
+    run(parts, folder, RunProgress(quiet=True, told=lambda kind: told.append(("stage", kind))), watch=Watching())
+    evaluate = ("stage", "evaluate")
+    assert told[:4] == [evaluate, ("round", (1, 1)), evaluate, ("done", "opened")]

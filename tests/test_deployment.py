@@ -98,7 +98,7 @@ def test_what_a_deployed_run_leaves_passes_the_audit_and_a_site_that_says_no_sto
     words += ["--governance", str(federation.root / "coordinator" / "ceremony" / "governance.pub")]
     audit = subprocess.run([*words, "--skip", "empirical", "--skip", "leakage"], capture_output=True, text=True)
     assert audit.returncode == 0, audit.stdout + audit.stderr
-    verdicts = {check["id"]: check["verdict"] for check in json.loads((folder / "audit.json").read_text())["checks"]}
+    verdicts = {check["name"]: check["status"] for check in json.loads((folder / "audit.json").read_text())["checks"]}
     assert {"openings", "ledger-heads", "statement-signed", "epsilon-recomputed"} <= {
         name for name, verdict in verdicts.items() if verdict == "pass"
     }
