@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,19 @@ class Deployment:
         }
         (self.root / "federation.yaml").write_text(yaml.safe_dump(federation))
         self.command("deploy", "init", "federation.yaml", "--out", "coordinator")
-        requests = []
-        for name in (SERVER, *self.sites):
+        parties = (SERVER, *self.sites)
+        for name in parties:
             # The coordinator hands a kit to its party, who works on it in a place of its own.
             shutil.copytree(self.root / "coordinator" / "kits" / name, self.kit(name))
-            self.command("deploy", "join", str(self.kit(name)))
-            requests.append(str(self.kit(name) / f"{name}.request.json"))
-        self.command("deploy", "admit", "coordinator", *requests, "--yes")
-        for name in (SERVER, *self.sites):
-            self.command(
-                "deploy", "complete", str(self.kit(name)), str(self.root / "coordinator/grants" / f"{name}.grant.json")
+        requests = [str(self.kit(name) / f"{name}.request.json") for name in parties]
+        grants = self.root / "coordinator" / "grants"
+        with ThreadPoolExecutor(max_workers=2) as each:  # people work side by side
+            list(each.map(lambda name: self.command("deploy", "join", str(self.kit(name))), parties))
+            self.command("deploy", "admit", "coordinator", *requests, "--yes")
+            list(
+                each.map(
+                    lambda n: self.command("deploy", "complete", str(self.kit(n)), f"{grants}/{n}.grant.json"), parties
+                )
             )
         self.administrate()
 
@@ -136,7 +140,7 @@ class Deployment:
             "prompt_field": None,
             "target_field": "text",
             "prompt_template": None,
-            "unit_field": "person",
+            "unit_field": None,
             "held_out_fraction": 0.1,
             "max_records": None,
         }

@@ -55,7 +55,6 @@ def small_run(deployment: Deployment) -> tuple[str, ...]:
 SMALL = (
     "data=at_sites",
     "data.declared=synthetic",
-    "data.unit_field=person",
     "data.max_length=32",
     "adapter.r=2",
     "federation.rounds=2",
