@@ -11,15 +11,15 @@ the ordinary KL, exactly. Why this and not another, and where it ends: docs/dist
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from secure_fedcollm import losses
-from secure_fedcollm.losses import CoTuningLoss, divergence_N
+from secure_fedcollm.losses import CoTuningLoss, divergence_N, fused_loss
 
 __all__ = ["AlignedRows", "cross_tokenizer_loss", "span_divergences"]
 
@@ -27,6 +27,8 @@ __all__ = ["AlignedRows", "cross_tokenizer_loss", "span_divergences"]
 FLOOR = -80.0
 # The most that a span's likelihood counts as, so that its opposite keeps a logarithm.
 CEILING = -1e-6
+# A chunk's first row, and the spans that lie in it.
+_Held: TypeAlias = tuple[int, list[Sequence[int]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,67 +144,6 @@ def _chunks(count: int, spans: Sequence[Sequence[int]]) -> Iterator[tuple[int, i
         yield first, min(first + size, count), []
 
 
-class _FusedCrossTokenizer(torch.autograd.Function):
-    """Heads and losses chunk by chunk, gradient taken in the forward pass, so that N x V is never held."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_NH: torch.Tensor,
-        student_head: nn.Module,
-        labels_N: torch.Tensor,
-        teacher_MH: torch.Tensor,
-        teacher_head: nn.Module,
-        teacher_labels_M: torch.Tensor,
-        aligned: AlignedRows,
-        kd_weight: float,
-        temperature: float,
-        direction: Literal["forward", "reverse"],
-        top_k: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        count, spans = labels_N.numel(), aligned.spans_S4.tolist() if kd_weight > 0 else []
-        gradient_NH = torch.empty_like(student_NH)
-        cross_entropy = torch.zeros((), device=student_NH.device)
-        kl = torch.zeros((), device=student_NH.device)
-        for start, stop, held in _chunks(count, spans):
-            with torch.enable_grad():
-                hidden = student_NH[start:stop].detach().requires_grad_()
-                logits_NV = student_head(hidden).float()
-                labels_here_N = labels_N[start:stop].to(logits_NV.device)
-                ce = functional.cross_entropy(logits_NV, labels_here_N, reduction="sum") / count
-                loss = ce
-                if held:
-                    first, last = held[0][2], held[-1][3]
-                    with torch.no_grad():
-                        teacher_MU = teacher_head(teacher_MH[first:last]).to(logits_NV.device).float()
-                    divergence = span_divergences(
-                        student_NV=logits_NV,
-                        labels_N=labels_here_N,
-                        teacher_MU=teacher_MU,
-                        teacher_labels_M=teacher_labels_M[first:last].to(logits_NV.device),
-                        aligned=AlignedRows(
-                            spans_S4=torch.tensor(held) - torch.tensor([start, start, first, first]),
-                            student_ids=aligned.student_ids,
-                            teacher_ids=aligned.teacher_ids,
-                        ),
-                        temperature=temperature,
-                        direction=direction,
-                        top_k=top_k,
-                    ).sum() / len(spans)
-                    loss = ce + kd_weight * divergence
-                    kl += divergence.detach().to(kl.device)
-                (gradient_NH[start:stop],) = torch.autograd.grad(loss, hidden)
-            cross_entropy += ce.detach().to(cross_entropy.device)
-        ctx.save_for_backward(gradient_NH)
-        ctx.mark_non_differentiable(cross_entropy, kl)
-        return cross_entropy + kd_weight * kl, cross_entropy, kl
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (gradient_NH,) = ctx.saved_tensors
-        return (gradients[0] * gradient_NH, *(None,) * 10)
-
-
 def cross_tokenizer_loss(
     *,
     student_NH: torch.Tensor,
@@ -234,17 +175,28 @@ def cross_tokenizer_loss(
         direction: likewise.
         top_k: likewise.
     """
-    total, cross_entropy, kl = _FusedCrossTokenizer.apply(  # type: ignore[no-untyped-call]
-        student_NH,
-        student_head,
-        labels_N,
-        teacher_MH.detach(),
-        teacher_head,
-        teacher_labels_M,
-        aligned,
-        kd_weight,
-        temperature,
-        direction,
-        top_k,
-    )
+    count, spans = labels_N.numel(), aligned.spans_S4.tolist() if kd_weight > 0 else []
+    teacher_MH = teacher_MH.detach()
+
+    def divergence(logits_NV: torch.Tensor, labels_here_N: torch.Tensor, held: _Held) -> torch.Tensor | None:
+        start, here = held
+        if not here:
+            return None
+        first, last = here[0][2], here[-1][3]
+        with torch.no_grad():
+            teacher_MU = teacher_head(teacher_MH[first:last]).to(logits_NV.device).float()
+        told_S = span_divergences(
+            student_NV=logits_NV,
+            labels_N=labels_here_N,
+            teacher_MU=teacher_MU,
+            teacher_labels_M=teacher_labels_M[first:last].to(logits_NV.device),
+            aligned=replace(aligned, spans_S4=torch.tensor(here) - torch.tensor([start, start, first, first])),
+            temperature=temperature,
+            direction=direction,
+            top_k=top_k,
+        )
+        return told_S.sum() / len(spans)
+
+    chunks = ((start, stop, (start, held)) for start, stop, held in _chunks(count, spans))
+    total, cross_entropy, kl = fused_loss(student_NH, student_head, labels_N, kd_weight, chunks, divergence)
     return CoTuningLoss(total=total, cross_entropy=float(cross_entropy), kl=float(kl))

@@ -18,9 +18,10 @@ from fedcollm_privacy.roster import Roster
 from secure_fedcollm import joining
 from secure_fedcollm.ceremony import Ceremony, Examined
 from secure_fedcollm.engine_rules import engine_rules
-from secure_fedcollm.enrolment import Grant, read_file
+from secure_fedcollm.enrolment import Grant
 from secure_fedcollm.keys_cli import PASSPHRASE_VARIABLE, given_passphrase
 from secure_fedcollm.kit import Kit, read_party
+from secure_fedcollm.kit_files import read_bytes
 from secure_fedcollm.new_federation import begin
 
 __all__ = ["deploy_app"]
@@ -214,7 +215,7 @@ def _compare(ceremony: Ceremony, examined: list[Examined]) -> None:
 
 def _named(path: Path, read: Callable[[bytes], T]) -> T:
     try:
-        return read(read_file(path))
+        return read(read_bytes(path))
     except KitError as error:
         raise KitError(f"{path}: {error}") from error
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fedcollm_privacy import _validate
@@ -21,9 +20,8 @@ from fedcollm_privacy.identity import PublicIdentity, SigningKey
 from fedcollm_privacy.messages import canonical_json
 from fedcollm_privacy.roster import SignedRoster
 
-__all__ = ["MAX_BYTES", "Enrolment", "Grant", "Signed", "read_file"]
+__all__ = ["Enrolment", "Grant", "Signed"]
 
-MAX_BYTES = 2**20
 """No request and no grant is longer."""
 
 _REQUEST, _GRANT = "fedcollm-enrolment-v1", "fedcollm-grant-v1"
@@ -194,18 +192,6 @@ class Grant:
         )
         _require_same(grant.to_bytes(), data, "grant")
         return grant
-
-
-def read_file(path: Path) -> bytes:
-    """A request's or grant's bytes; KitError if the file cannot be read or is too long."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise KitError(f"{path} cannot be read ({error.strerror}): correct the path") from error
-    if len(data) > MAX_BYTES:
-        raise KitError(f"{path} is longer than {MAX_BYTES} bytes; no request and no grant is")
-    return data
 
 
 def _object(data: bytes, names: set[str], what: str) -> dict[str, Any]:

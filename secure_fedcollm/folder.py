@@ -20,6 +20,7 @@ from fedcollm_privacy.errors import ConfigError, FedCollmError
 from fedcollm_privacy.messages import OpenedSum, canonical_json
 from fedcollm_privacy.secure_sum_messages import SignedPlan
 from fedcollm_privacy.wire import decode, encode
+from secure_fedcollm.atomic_file import write_atomically
 from secure_fedcollm.rounds import State
 from secure_fedcollm.server_optimizer import AdamState
 
@@ -32,16 +33,6 @@ class Checkpoint:
 
     server_round: int
     state: State
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that a crash leaves the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class RunFolder:

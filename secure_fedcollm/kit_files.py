@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from fedcollm_privacy.errors import KitError
+from secure_fedcollm.atomic_file import write_atomically
 
 __all__ = ["read_bytes", "write_file"]
 
@@ -13,14 +13,14 @@ _LONGEST_FILE = 2**23
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content; KitError if it cannot be read or is longer than 8 MiB."""
+    """A file's content; KitError if it cannot be read or is longer than 8 MiB, as no request, grant or kit file is."""
     try:
         with path.open("rb") as file:
             data = file.read(_LONGEST_FILE + 1)
     except OSError as error:
         raise KitError(f"{path} cannot be read ({error.strerror}): correct its path, owner or mode") from error
     if len(data) > _LONGEST_FILE:
-        raise KitError(f"{path} is longer than {_LONGEST_FILE} bytes; no file of a kit is")
+        raise KitError(f"{path} is longer than {_LONGEST_FILE} bytes; no request, no grant and no file of a kit is")
     return data
 
 
@@ -30,13 +30,7 @@ def write_file(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     Raises:
         KitError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, content, mode=mode)
     except OSError as error:
         raise KitError(f"{path} cannot be written ({error.strerror}): correct its folder, owner or mode") from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -11,7 +12,11 @@ from torch.nn import functional
 
 from secure_fedcollm.tokenization import Batch
 
-__all__ = ["CoTuningLoss", "co_tuning_loss", "divergence_N", "per_record_loss", "target_hidden_states"]
+__all__ = ["CoTuningLoss", "co_tuning_loss", "divergence_N", "fused_loss", "per_record_loss", "target_hidden_states"]
+
+T = TypeVar("T")
+# What a chunk's rows add beside cross-entropy, from their logits, their labels, and what they are compared with.
+Divergence: TypeAlias = Callable[[torch.Tensor, torch.Tensor, T], torch.Tensor | None]
 
 # Rows of logits held at once: 128 x 50k x 4 bytes = 26 MB per model.
 CHUNK_ROWS = 128
@@ -90,43 +95,34 @@ def _with_rest(log_probabilities: torch.Tensor, index: torch.Tensor) -> torch.Te
     return torch.cat([log_probabilities.gather(-1, index), rest.clamp(min=-80.0)], dim=-1)
 
 
-class _FusedCoTuning(torch.autograd.Function):
-    """Heads and losses chunk by chunk, gradient taken in the forward pass, so that N x V is never held."""
+class _Fused(torch.autograd.Function):
+    """Head and losses chunk by chunk, gradient taken in the forward pass, so that N x V is never held."""
 
     @staticmethod
     def forward(
         ctx: Any,
         student_NH: torch.Tensor,
         student_head: nn.Module,
-        teacher_NH: torch.Tensor,
-        teacher_head: nn.Module,
         labels_N: torch.Tensor,
         kd_weight: float,
-        temperature: float,
-        direction: str,
-        top_k: int | None,
+        chunks: Iterable[tuple[int, int, T]],
+        divergence: Divergence[T],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         count = labels_N.numel()
         gradient_NH = torch.empty_like(student_NH)
         cross_entropy = torch.zeros((), device=student_NH.device)
         kl = torch.zeros((), device=student_NH.device)
-        for start in range(0, count, CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for start, stop, compared in chunks:
+            rows = slice(start, stop)
             with torch.enable_grad():
                 hidden = student_NH[rows].detach().requires_grad_()
                 logits_NV = student_head(hidden).float()
                 labels_here_N = labels_N[rows].to(logits_NV.device)
                 ce = functional.cross_entropy(logits_NV, labels_here_N, reduction="sum") / count
-                loss = ce
-                if kd_weight > 0:
-                    with torch.no_grad():
-                        teacher_NV = teacher_head(teacher_NH[rows]).to(logits_NV.device).float()
-                    width = min(logits_NV.shape[-1], teacher_NV.shape[-1])
-                    divergence = (
-                        _kl_N(logits_NV[:, :width], teacher_NV[:, :width], temperature, direction, top_k).sum() / count
-                    )
-                    loss = ce + kd_weight * divergence
-                    kl += divergence.detach().to(kl.device)
+                loss, told = ce, divergence(logits_NV, labels_here_N, compared)
+                if told is not None:
+                    loss = ce + kd_weight * told
+                    kl += told.detach().to(kl.device)
                 (gradient_NH[rows],) = torch.autograd.grad(loss, hidden)
             cross_entropy += ce.detach().to(cross_entropy.device)
         ctx.save_for_backward(gradient_NH)
@@ -136,7 +132,27 @@ class _FusedCoTuning(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient_NH,) = ctx.saved_tensors
-        return (gradients[0] * gradient_NH, *(None,) * 8)
+        return (gradients[0] * gradient_NH, *(None,) * 5)
+
+
+def fused_loss(
+    student_NH: torch.Tensor,
+    student_head: nn.Module,
+    labels_N: torch.Tensor,
+    kd_weight: float,
+    chunks: Iterable[tuple[int, int, T]],
+    divergence: Divergence[T],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """CE(student, y), mean over all N targets, + kd_weight * the sum of what ``divergence`` gives; its two parts.
+
+    Args:
+        chunks: start and stop of consecutive rows that together are all N, and what they are compared with.
+        divergence: the chunk's share, from its logits [n, V], labels [n] and what it is compared with; its gradient is
+            taken for the logits alone. None adds nothing.
+    """
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    parts = _Fused.apply(student_NH, student_head, labels_N, kd_weight, chunks, divergence)  # type: ignore[no-untyped-call]
+    return parts
 
 
 def co_tuning_loss(
@@ -167,15 +183,17 @@ def co_tuning_loss(
         labels_N: target tokens, int64.
         top_k: null, or keep the teacher's k largest and one rest bucket.
     """
-    total, cross_entropy, kl = _FusedCoTuning.apply(  # type: ignore[no-untyped-call]
-        student_NH,
-        student_head,
-        teacher_NH.detach(),
-        teacher_head,
-        labels_N,
-        kd_weight,
-        temperature,
-        direction,
-        top_k,
-    )
+    count, teacher_NH = labels_N.numel(), teacher_NH.detach()
+
+    def divergence(logits_NV: torch.Tensor, labels_here_N: torch.Tensor, rows: slice) -> torch.Tensor | None:
+        if kd_weight == 0:
+            return None
+        with torch.no_grad():
+            teacher_NV = teacher_head(teacher_NH[rows]).to(logits_NV.device).float()
+        width = min(logits_NV.shape[-1], teacher_NV.shape[-1])
+        return _kl_N(logits_NV[:, :width], teacher_NV[:, :width], temperature, direction, top_k).sum() / count
+
+    edges = ((start, min(start + CHUNK_ROWS, count)) for start in range(0, count, CHUNK_ROWS))
+    chunks = ((start, stop, slice(start, stop)) for start, stop in edges)
+    total, cross_entropy, kl = fused_loss(student_NH, student_head, labels_N, kd_weight, chunks, divergence)
     return CoTuningLoss(total=total, cross_entropy=float(cross_entropy), kl=float(kl))

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from fedcollm_privacy.ckks_parameters import parameters_for
 from secure_fedcollm import statement
 from secure_fedcollm.assembly import Assembly
+from secure_fedcollm.atomic_file import write_atomically
 from secure_fedcollm.claims import Claims, gather
-from secure_fedcollm.folder import RunFolder, write_atomically
+from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.promise import assumption, unstated_clause
 from secure_fedcollm.rounds import State

@@ -19,8 +19,9 @@ from fedcollm_privacy.policy_file import policy_text
 from fedcollm_privacy.refusals import RefusalLog
 from fedcollm_privacy.roster import MIN_SITES, Roster
 from fedcollm_privacy.site_policy import DataSetRule, PlanRules
+from secure_fedcollm.atomic_file import write_atomically
 from secure_fedcollm.config import Config
-from secure_fedcollm.folder import RunFolder, write_atomically
+from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.home import home, identity_of
 from secure_fedcollm.site_guard import SiteGuard
 

@@ -9,9 +9,10 @@ from fedcollm_privacy.errors import ConfigError
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.roster import Roster
 from secure_fedcollm.assembly import Assembly, connect, load_models, scored
+from secure_fedcollm.atomic_file import write_atomically
 from secure_fedcollm.config import Config
 from secure_fedcollm.data import load_public
-from secure_fedcollm.folder import RunFolder, write_atomically
+from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.offers import RunOffers
 from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.rounds import State

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fedcollm_privacy.errors import ConfigError, FedCollmError
+from secure_fedcollm.atomic_file import write_atomically
 from secure_fedcollm.config import Config
 from secure_fedcollm.engine_process import EngineProcess
 from secure_fedcollm.engine_transport import EngineTransport, relay_post
-from secure_fedcollm.folder import RunFolder, write_atomically
+from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.job_keeper import JobKeeper
 from secure_fedcollm.kit import Kit
 from secure_fedcollm.kit_files import read_bytes
@@ -100,33 +101,34 @@ def serve(
             observe=board.observe,
         )
         progress = stack.enter_context(RunProgress(quiet=quiet, told=board.stage))
-        engine = EngineProcess.of(kit)
-        stack.callback(engine.stop)
-        engine.start()
-        jobs = JobKeeper.of(kit, roster.site_names)
-        stack.callback(jobs.close)
         if port is not None:
             stack.callback(Watch(kit.state / "status.json", port).close)
-        parts = assemble_server(
-            config,
-            folder,
-            progress,
-            key=key,
-            roster=roster,
-            signed_roster=read_bytes(kit.folder / "roster.json"),
-            transport=transport,
-            state=kit.state,
-            told=board.enlisted,
-        )
-        jobs.start()
-        ready(kit.state, f"server {kit.name} is ready: run {folder.run_id} in {folder.path}")
         try:
+            parts = assemble_server(
+                config,
+                folder,
+                progress,
+                key=key,
+                roster=roster,
+                signed_roster=read_bytes(kit.folder / "roster.json"),
+                transport=transport,
+                state=kit.state,
+                told=board.enlisted,
+            )
+            stack.callback(parts.federation.secure_sum.close)
+            # Only now: a run whose settings do not fit was never begun, and the next try may have others.
+            write_atomically(kit.state / "run", f"{folder.path.resolve()}\n".encode())
+            engine = EngineProcess.of(kit)
+            stack.callback(engine.stop)
+            engine.start()
+            jobs = JobKeeper.of(kit, roster.site_names)
+            stack.callback(jobs.close)
+            jobs.start()
+            ready(kit.state, f"server {kit.name} is ready: run {folder.run_id} in {folder.path}")
             summary = run(parts, folder, progress, stop=stop, watch=board)
         except FedCollmError as error:
             board.failed(str(error))
             raise
-        finally:
-            parts.federation.secure_sum.close()
         if summary is None:
             _LOG.info("stopped between rounds; the same command goes on from there")
         else:
@@ -137,6 +139,9 @@ def serve(
 
 def _open(kit: Kit, plain: Mapping[str, Any] | None) -> tuple[RunFolder, Config]:
     unfinished = current_run(kit)
+    if unfinished is not None and RunFolder(unfinished, "").finished:  # killed after the last file was written
+        (kit.state / "run").unlink()
+        unfinished = None
     if plain is None:
         if unfinished is None:
             raise ConfigError("overrides", "none", "those of a new run, e.g. experiment=medquad; no run is open here")
@@ -151,6 +156,4 @@ def _open(kit: Kit, plain: Mapping[str, Any] | None) -> tuple[RunFolder, Config]
         )
     config = build(Config, plain)
     place = config.output_dir or str(kit.folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}")
-    folder = RunFolder.create(place, config.name, plain)
-    write_atomically(kit.state / "run", f"{folder.path.resolve()}\n".encode())
-    return folder, config
+    return RunFolder.create(place, config.name, plain), config

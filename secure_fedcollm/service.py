@@ -86,7 +86,11 @@ def only_one(state: Path) -> Iterator[None]:
             raise FedCollmError(
                 f"another process works with {state.parent}; stop it first (systemctl stop, or Ctrl-C where it runs)"
             ) from None
-        yield
+        (state / "ready").unlink(missing_ok=True)  # of a process that was killed
+        try:
+            yield
+        finally:
+            (state / "ready").unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

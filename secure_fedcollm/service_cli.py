@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,7 @@ def site(
         from secure_fedcollm.doctor import check_site, show_findings
 
         raise typer.Exit(show_findings(check_site(kit), Console()))
+    _require_engine()
     from secure_fedcollm.site_service import serve_site
 
     serve_site(Kit.open(kit), passphrase=_passphrase(passphrase_file), port=port, quiet=quiet)
@@ -117,6 +119,7 @@ def server(
 
         raise typer.Exit(show_findings(check_server(kit), Console()))
     opened = Kit.open(kit)
+    _require_engine()
     from secure_fedcollm import server_service
     from secure_fedcollm.cli import compose_config
 
@@ -129,6 +132,12 @@ def server(
     plain = compose_config(list(overrides)) if overrides else None
     folder = server_service.serve(opened, plain, passphrase=_passphrase(passphrase_file), port=port, quiet=quiet)
     _say(f"run: {folder}")
+
+
+def _require_engine() -> None:
+    for library in ("nvflare", "msgpack", "prometheus_client"):
+        if find_spec(library) is None:
+            raise ConfigError("installation", f"without {library}", "pip install 'secure-fedcollm[deploy]'")
 
 
 def _standing(context: typer.Context) -> Standing:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from fedcollm_privacy import _validate
 from fedcollm_privacy.errors import ConfigError, FedCollmError, InvalidValue
 from fedcollm_privacy.messages import canonical_json
+from secure_fedcollm.atomic_file import sync_folder, write_atomically
 
 __all__ = ["Joined", "Offered", "Standing"]
 
@@ -232,27 +233,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Old or new content, never a part, and still there after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+    write_atomically(path, content, mode=0o600)
 
 
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     if path.parent.is_dir():
-        _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_folder(path.parent)

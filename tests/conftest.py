@@ -24,6 +24,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+# Files of minutes go first, those that mostly wait before all others, so that no worker is left alone with one at the
+# end.
+LONGEST = ("flare", "deployment", "run", "resume", "check_empirical", "sweep", "distributed_noise", "only_the_sum")
 SHARED = Path(os.environ.get("FEDCOLLM_SHARED", Path(__file__).parents[2] / "shared"))
 ARCHITECTURES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 POSITIONS = tiny_checkpoints.POSITIONS
@@ -37,6 +40,11 @@ QUESTIONS = (
     ("Who rests?", " The patient."),
     ("Name a sign of it:", " fever"),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def _find(kind: str, name: str) -> Path:

@@ -186,7 +186,7 @@ def test_pld_is_below_rdp(sigma: float, rate: Fraction, steps: int, delta: float
     assert 0 <= epsilon(sigma, rate, steps, delta) <= rdp + rounding(steps)
 
 
-@FEW
+@FEWER
 @given(sigma=SIGMAS, rate=RATES, steps=st.integers(1, 60), delta=DELTAS, more=st.integers(1, 100))
 def test_more_steps_less_noise_larger_batches_and_smaller_delta_cost_more(
     sigma: float, rate: Fraction, steps: int, delta: float, more: int

@@ -14,7 +14,7 @@ from fedcollm_privacy.errors import ConfigError, KitError
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.messages import canonical_json
 from fedcollm_privacy.roster import Roster, sign_roster
-from secure_fedcollm.enrolment import MAX_BYTES, Enrolment, Grant, Signed, read_file
+from secure_fedcollm.enrolment import Enrolment, Grant, Signed
 from secure_fedcollm.federation_file import FederationFile
 from secure_fedcollm.flare_provisioning import _members
 from secure_fedcollm.kit import Party, read_party
@@ -196,9 +196,9 @@ def test_what_is_no_request_and_no_grant_is_refused(data: bytes, tmp_path: Path)
 
 def test_files_are_read_with_a_bound_and_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    path.write_bytes(bytes(MAX_BYTES + 1))
+    path.write_bytes(bytes(2**23 + 1))
     with pytest.raises(KitError, match="longer"):
-        read_file(path)
+        read_bytes(path)
     with pytest.raises(KitError, match="cannot be read"):
         read_bytes(tmp_path / "nowhere")
     write_file(path, b"secret", mode=0o600)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fedcollm_privacy.refusals import read_refusals
+from secure_fedcollm.cli import app
 
 from .deployment import SERVER, Deployment
 from .tiny_deployment import small_run, tiny_deployment
@@ -60,7 +62,9 @@ def adapters_of(folder: Path) -> list[tuple[str, str]]:
     return [(event["slm"], event["llm"]) for event in events if event["event"] == "opened"]
 
 
-def test_two_rounds_over_the_engine_equal_the_run_in_one_process_digest_for_digest(federation: Deployment) -> None:
+def test_two_rounds_over_the_engine_equal_the_run_in_one_process_digest_for_digest(
+    federation: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seeded = f"privacy.insecure_test_seed={SEED}"
     deployed = served(federation, seeded)
     together = federation.root / "together.jsonl"
@@ -68,7 +72,9 @@ def test_two_rounds_over_the_engine_equal_the_run_in_one_process_digest_for_dige
     own = [o for o in small_run(federation) if not o.startswith("data=")]
     where = (f"data.path={together}", "data.partition=column", "data.site_field=site")
     embedded = federation.root / "embedded"
-    federation.command("run", "data=file", *own, *where, seeded, f"output_dir={embedded}", "--quiet")
+    monkeypatch.setenv("FEDCOLLM_HOME", str(federation.root / "home"))
+    words = ["run", "data=file", *own, *where, seeded, f"output_dir={embedded}", "--quiet"]
+    CliRunner().invoke(app, words, catch_exceptions=False)
     assert [row["cohort"] for row in rounds_of(deployed)] == [list(SITES)] * 2
     assert len(adapters_of(deployed)) == 2
     assert adapters_of(deployed) == adapters_of(embedded)

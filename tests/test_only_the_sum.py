@@ -180,6 +180,7 @@ class TestExact:
         assert set(opened.cohort) == set(sites_of(a_round)) - out
         assert (opened.total == true_sum(a_round, opened.cohort)).all()
 
+    @pytest.mark.slow
     def test_sixty_four_sites_of_which_all_spare_ones_are_lost(self, make_round: MakeRound) -> None:
         a_round = make_round(64)
         spare = 64 - least_threshold(64, 1)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fedcollm_audits import evidence as audit_evidence
 from fedcollm_audits.audit import CHECKS
 from fedcollm_privacy.entries import verify_chain
-from fedcollm_privacy.errors import LedgerError
+from fedcollm_privacy.errors import ConfigError, LedgerError
 from fedcollm_privacy.ledger_file import LedgerFile
+from secure_fedcollm.cli import app
 from secure_fedcollm.models import base_digest_of
 
 from .site_policies import write_policies
@@ -86,9 +88,10 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (out / "summary.json").exists()
 
-    resumed = fedcollm(["run", f"resume={out}"], home)
-    text = resumed.communicate(timeout=120)[0].decode()
-    assert resumed.returncode == 0, text
+    monkeypatch.setenv("FEDCOLLM_HOME", str(home))
+    resumed = CliRunner().invoke(app, ["run", f"resume={out}"])
+    text = resumed.output
+    assert resumed.exit_code == 0, text
     for name in ("summary.json", "statement.json", "report.html", "slm_adapter", "llm_adapter", "transcript.jsonl"):
         assert (out / name).exists(), name
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -123,15 +126,10 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
     answers = {check.name: check.run(audit_evidence.read(out)) for check in RECORD_CHECKS}
     assert {name: found.status for name, found in answers.items() if found.status != "pass"} == {}, answers
 
-    again = fedcollm(["run", f"resume={out}"], home)
-    message = again.communicate(timeout=60)[0].decode()
-    assert again.returncode == 2
-    assert "finished" in message
+    with pytest.raises(ConfigError, match="finished"):
+        CliRunner().invoke(app, ["run", f"resume={out}"], catch_exceptions=False)
 
 
 def test_resuming_what_is_no_run_says_so(tmp_path: Path) -> None:
-    process = fedcollm(["run", f"resume={tmp_path}"], tmp_path)
-    message = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 2
-    assert "resume" in message
-    assert "Traceback" not in message
+    with pytest.raises(ConfigError, match="resume"):
+        CliRunner().invoke(app, ["run", f"resume={tmp_path}"], catch_exceptions=False)

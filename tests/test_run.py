@@ -32,25 +32,8 @@ from secure_fedcollm.run import run_embedded
 from secure_fedcollm.strict_build import build
 
 from .site_policies import write_policies
+from .tiny_deployment import WORDS
 
-WORDS = [
-    "the",
-    "ward",
-    "nurse",
-    "noted",
-    "calm",
-    "breath",
-    "steady",
-    "pulse",
-    "fever",
-    "cough",
-    "pain",
-    "rest",
-    "water",
-    "sleep",
-    "walk",
-    "home",
-]
 Launch = Callable[..., dict[str, Any]]
 
 
@@ -156,7 +139,7 @@ def test_private_data_is_never_measured(launch: Launch, tmp_path: Path) -> None:
     assert not any(json.loads(line)["text"] in text for line in notes)
 
 
-@pytest.mark.parametrize("sites", [3, 8, 16])
+@pytest.mark.parametrize("sites", [3, 8, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_encrypted_sum_is_the_plain_integer_sum_in_every_round(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, sites: int
 ) -> None:

@@ -22,7 +22,8 @@ from torch.nn import functional
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from secure_fedcollm.losses import _FusedCoTuning, per_record_loss, target_hidden_states
+from secure_fedcollm import losses
+from secure_fedcollm.losses import co_tuning_loss, per_record_loss, target_hidden_states
 from secure_fedcollm.tokenization import Batch
 
 ONE, OTHER = "gpu:0", "cpu"
@@ -104,11 +105,17 @@ def main(architecture: str, slm_device: str) -> dict[str, Any]:
             (slm_NH, slm_head, hidden_NH, head),
         ):
             labels = labels_N.to(student_NH.device)
-            # What `co_tuning_loss` calls, before it asks for the values.
-            total, _, _ = _FusedCoTuning.apply(
-                student_NH, student_head, teacher_NH.detach(), teacher_head, labels, 0.5, 2.0, "forward", 4
-            )
-            total.backward()
+            co_tuning_loss(
+                student_NH=student_NH,
+                student_head=student_head,
+                teacher_NH=teacher_NH,
+                teacher_head=teacher_head,
+                labels_N=labels,
+                kd_weight=0.5,
+                temperature=2.0,
+                direction="forward",
+                top_k=4,
+            ).total.backward()
         said["co-tuned"] = devices_with_gradient(model)
         said["slm"] = None if slm_NH.grad is None else str(slm_NH.grad.device)
         try:
@@ -118,7 +125,13 @@ def main(architecture: str, slm_device: str) -> dict[str, Any]:
     return said
 
 
+def without_values(*arguments: Any) -> tuple[Any, float, float]:
+    """`fused_loss`, whose two parts fake tensors cannot be asked for."""
+    return fused_loss(*arguments)[0], 0.0, 0.0
+
+
 if __name__ == "__main__":
+    fused_loss, losses.fused_loss = losses.fused_loss, without_values
     warnings.simplefilter("ignore")
     _setup_privateuseone_for_python_backend("gpu")
     print(json.dumps([main(*arguments.split(",")) for arguments in sys.argv[1:]]))

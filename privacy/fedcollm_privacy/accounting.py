@@ -214,8 +214,11 @@ def gdp_mu(schedule: Sequence[Steps]) -> float:
         InvalidValue: the schedule's epsilon at `GDP_FLOOR` is above 500, where floats overflow; no protection anyway.
     """
     merged = _merged(schedule)
-    if not merged:
-        return 0.0
+    return _gdp_mu(merged) if merged else 0.0
+
+
+@lru_cache(maxsize=64)
+def _gdp_mu(merged: tuple[tuple[float, Fraction, int], ...]) -> float:
     accountant = _composed(merged, "add_or_remove_one", 1)
     last = float(accountant.get_epsilon(GDP_FLOOR))
     if not last <= 500:
