@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test slow fuzz namespaces lint bench clean
+# Every process of the tests would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: run test slow fuzz namespaces lint bench study study-quick clean
 
 run: .venv/.installed
 	$(BIN)/fedcollm run
@@ -14,13 +17,20 @@ test: lint
 slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
-# A hundred thousand hostile uploads and messages; `make test` sends ten thousand.
+# A hundred thousand hostile uploads and messages; `make test` sends four thousand.
 fuzz: .venv/.installed
 	FEDCOLLM_FUZZ=100000 $(BIN)/python -m pytest tests/test_hostile_uploads.py
 
 # As root, with iproute2 and nftables: server and sites in network namespaces, sites with outgoing connections only.
 namespaces: .venv/.installed
 	$(BIN)/python -m tests.namespaces
+
+# docs/results.md: make study DATA=medquad.jsonl SLM=<folder> LLM=<folder>; it goes on where it was cut.
+study: .venv/.installed
+	$(BIN)/python benchmarks/study.py --data $(DATA) --slm $(SLM) --llm $(LLM)
+
+study-quick: .venv/.installed
+	$(BIN)/python benchmarks/study.py --quick --data $(DATA) --slm $(SLM) --llm $(LLM)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

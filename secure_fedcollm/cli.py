@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -25,7 +26,7 @@ from secure_fedcollm.ledger_cli import ledger_app
 from secure_fedcollm.policy_cli import policy_app
 from secure_fedcollm.service_cli import server, site_app
 from secure_fedcollm.status_table import status
-from secure_fedcollm.strict_build import build
+from secure_fedcollm.strict_build import build, check
 from secure_fedcollm.sweep_cli import sweep
 
 __all__ = ["app", "compose_config", "main"]
@@ -68,8 +69,22 @@ def compose_config(overrides: list[str]) -> dict[str, Any]:
         raise ConfigError("overrides", " ".join(overrides), " ".join(lines[:20])) from error
     if not isinstance(plain, dict):
         raise ConfigError("config", type(plain).__name__, "a mapping")
+    _require_its_method(plain)
     # A composition without a privacy group is judged by `Config`, which knows whether it was declared.
     return {"privacy": None, **{str(key): value for key, value in plain.items()}}
+
+
+def _require_its_method(plain: Mapping[Any, Any]) -> None:
+    """Refuse a run that says it is of a method and sets otherwise what makes it that method."""
+    for path in (_config_folder() / "method").glob("*.yaml"):
+        own = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if own.pop("method") != plain.get("method"):
+            continue
+        for section, fields in own.items():
+            for name, value in fields.items():
+                given = plain.get(section, {}).get(name)
+                allowed = f"{value}: that is what makes it method={path.stem}; leave it out, or choose another method"
+                check(given == value, f"{section}.{name}", given, allowed)
 
 
 @app.command()

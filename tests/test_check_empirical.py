@@ -271,6 +271,7 @@ def test_colluders_are_left_with_the_honest_sites_part() -> None:
 # ---------------------------------------------------------------- power
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "observations"), [(0.75, 800_000), (1.0, 320_000), (4.0, 800_000)])
 def test_the_fault_that_is_said_to_be_visible_is_found_in_95_of_100_audits(sigma: float, observations: int) -> None:
     """Audits by their counts alone: the best threshold on Gaussians, both errors binomial."""
@@ -349,6 +350,7 @@ def test_poisson_samples_are_called_broken_as_seldom_as_the_p_value_says(steps: 
         assert np.mean(np.array(found) < level) <= level + 3 * math.sqrt(level / runs)
 
 
+@pytest.mark.slow
 def test_dispersions_are_calibrated_in_the_tails_too() -> None:
     """The level that the check uses, counted."""
     rng, runs = np.random.default_rng(1), 10_000

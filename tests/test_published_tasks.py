@@ -47,7 +47,9 @@ def test_accuracy_equals_scoring_one_choice_at_a_time(task: str, shared_data: Fi
     assert metrics["acc_norm"] == pytest.approx(right_norm / len(records))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", ["arc_easy", *(pytest.param(t, marks=pytest.mark.slow) for t in TASKS if t != "arc_easy")]
+)
 def test_a_run_on_the_task_scores_the_published_test_split(
     task: str, shared_data: Find, shared_model: Find, tmp_path: Path
 ) -> None:

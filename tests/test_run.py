@@ -139,7 +139,7 @@ def test_private_data_is_never_measured(launch: Launch, tmp_path: Path) -> None:
     assert not any(json.loads(line)["text"] in text for line in notes)
 
 
-@pytest.mark.parametrize("sites", [3, 8, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sites", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 def test_the_encrypted_sum_is_the_plain_integer_sum_in_every_round(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, sites: int
 ) -> None:
@@ -379,7 +379,10 @@ def test_the_report_asks_nobody_for_anything(launch: Launch, tmp_path: Path) -> 
     assert 'href="http' not in page
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "opt", "gpt_neox", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "qwen2", "qwen3"))],
+)
 def test_every_architecture_runs_end_to_end(launch: Launch, tiny_checkpoint: Callable[..., Path], family: str) -> None:
     # Published heads have rows to spare, and transformers' Qwen2 tokenizer adds a token to any vocabulary.
     small, large = (tiny_checkpoint(family, width=width, vocab_size=320) for width in (32, 64))

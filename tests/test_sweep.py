@@ -597,6 +597,7 @@ def test_a_killed_random_search_goes_on_with_the_same_draws_and_gives_the_same_t
     assert "interval(0.1,0.4)" in said
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_told_and_the_rest_goes_on(
     fixed: list[str], tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:

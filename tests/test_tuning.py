@@ -94,7 +94,7 @@ def test_the_price_is_the_papers_theorem(schedule: tuple[Steps, ...], law: Trial
         assert by_the_paper(schedule, tnb(law.expected, law.eta / 2)) < ours * 0.99
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(expected=st.floats(1, 300), eta=st.floats(0, 5))
 def test_selecting_costs_more_than_one_trial_and_more_trials_cost_more(expected: float, eta: float) -> None:
     one = rdp_epsilon(BASE, DELTA)

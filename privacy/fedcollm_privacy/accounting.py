@@ -284,7 +284,8 @@ def _merged(schedule: Sequence[Steps]) -> tuple[tuple[float, Fraction, int], ...
     return tuple((sigma, rate, steps) for (sigma, rate), steps in sorted(counts.items()) if steps)
 
 
-@lru_cache(maxsize=64)
+# Few: each distribution is a megabyte or two, and a site that runs for months meets another one every round.
+@lru_cache(maxsize=8)
 def _composed(merged: tuple[tuple[float, Fraction, int], ...], relation: Relation, max_records: int) -> PLDAccountant:
     accountant = PLDAccountant(_RELATIONS[relation], _DISCRETIZATION)
     for sigma, rate, steps in merged:

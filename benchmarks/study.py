@@ -1,0 +1,280 @@
+"""The study of docs/results.md: methods x privacy x seeds on MedQuAD, and settings of FedCoLLM one at a time.
+
+    python benchmarks/study.py --data medquad.jsonl --slm <folder> --llm <folder> [--seeds 5] [--jobs 2] [--quick]
+
+Every cell is one `fedcollm sweep` cell under --work; those that are finished are not run again, so a study that was cut
+goes on. Writes docs/results.md and docs/results.svg (with --quick: <work>/results.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import typer
+
+from secure_fedcollm.sweep_cells import kept_cells
+from secure_fedcollm.sweep_cli import sweep
+from secure_fedcollm.sweep_results import Estimate, Setting, estimate, rows_of, settings_of
+
+DOCS = Path(__file__).parents[1] / "docs"
+LEVELS = ("null", "8", "3", "1")
+FEDERATED = ("fedcollm", "llm_to_slm", "fedavg_public", "fedavg", "standalone")
+UNFEDERATED = ("zero_shot", "centralised_slm", "centralised_llm")
+PAIRS = (
+    ("fedcollm", "fedavg_public", "distillation, both ways, against fine-tuning on the same public text"),
+    ("llm_to_slm", "fedavg_public", "distillation one way, against the same"),
+    ("fedcollm", "llm_to_slm", "letting the LLM learn too"),
+    ("fedavg_public", "fedavg", "public text at the server"),
+    ("fedavg", "standalone", "summing the sites' updates"),
+)
+# One at a time, away from the experiment's settings; steps taken in all stay the same.
+CHANGES: tuple[tuple[str, ...], ...] = (
+    ("distillation.direction=reverse",),
+    ("distillation.temperature=2.0",),
+    ("distillation.kd_weight=0.03",),
+    ("distillation.kd_weight=0.3",),
+    ("distillation.kd_weight=1.0",),
+    ("adapter.aggregation=freeze_a",),
+    ("adapter.aggregation=factor_average",),
+    ("federation.rounds=8", "federation.local_steps=2", "distillation.steps=8"),
+    ("federation.rounds=2", "federation.local_steps=8", "distillation.steps=30"),
+    ("data.partition=iid",),
+    ("data.partition=dirichlet", "data.dirichlet_alpha=0.1"),
+)
+# What may lift private learning, where nothing else helps it: FedAvg at epsilon 3. Costs no more privacy.
+LIFTS: tuple[tuple[str, ...], ...] = (
+    ("privacy.expected_batch_size=128",),
+    ("privacy.expected_batch_size=256", "federation.local_steps=2"),
+    ("federation.learning_rate=0.02",),
+    ("federation.learning_rate=0.005",),
+    ("privacy.max_grad_norm=0.3",),
+    ("privacy.max_grad_norm=3.0",),
+    ("privacy.clipping=automatic",),
+    ("adapter.aggregation=freeze_a",),
+    ("adapter.aggregation=factor_average",),
+    ("adapter.r=4",),
+)
+
+
+def grids(seeds: str, quick: bool) -> list[list[str]]:
+    """Words of `fedcollm sweep`, grid by grid."""
+    if quick:
+        small = ["federation.rounds=1", "distillation.steps=5", "evaluation.max_records=50"]
+        return [["method=fedcollm,fedavg_public", "privacy.epsilon=null,8", "seed=0,1", *small]]
+    first, second = "method=fedcollm,fedavg_public,fedavg", "method=llm_to_slm,standalone"
+    return [
+        [first, f"privacy.epsilon={','.join(LEVELS)}", seeds],
+        [second, "privacy.epsilon=null,3", seeds],
+        [f"method={','.join(UNFEDERATED)}", "privacy.epsilon=null", seeds],
+        *([*lift, "method=fedavg", "privacy.epsilon=3", seeds] for lift in LIFTS),
+        [second, "privacy.epsilon=8,1", seeds],
+        *([*change, "method=fedcollm", "privacy.epsilon=null", seeds] for change in CHANGES),
+    ]
+
+
+def run(arguments: argparse.Namespace) -> list[Setting]:
+    """Run what is missing; gives all settings with at least one finished seed."""
+    fixed = [
+        "experiment=medquad_study",
+        f"data.path={arguments.data.resolve()}",
+        f"model.slm={arguments.slm.resolve()}",
+        f"model.llm={arguments.llm.resolve()}",
+        f"sweep_dir={arguments.work}",
+    ]
+    # Few seeds of everything come before many of anything: a study that is cut can be read.
+    for upto in range(2 if arguments.quick else 3, arguments.seeds + 1):
+        seeds = "seed=" + ",".join(str(seed) for seed in range(upto))
+        for grid in grids(seeds, arguments.quick):
+            try:
+                sweep([*grid, *fixed], jobs=arguments.jobs)
+            except typer.Exit:  # a cell failed: the table names it
+                continue
+    return settings_of(rows_of(kept_cells(arguments.work)))
+
+
+class Study:
+    """Settings by method, budget and what was changed."""
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        self.settings = settings
+        fields = {word.partition("=")[0] for change in (*CHANGES, *LIFTS) for word in change}
+        known = {field: [s.values.get(field, "") for s in settings] for field in fields}
+        # The base is what most settings have.
+        self.base = {field: max(set(texts), key=texts.count) for field, texts in known.items() if any(texts)}
+
+    def find(self, method: str, level: str, change: Sequence[str] = ()) -> Setting | None:
+        """The setting, or None if no seed of it is finished."""
+        wanted = {"method": method, "privacy.epsilon": level}
+        if method in ("fedcollm", "fedavg"):  # the others were not changed, and set some of these fields themselves
+            own = {"distillation.steps", "distillation.kd_weight"} if method == "fedavg" else set()
+            if level == "null":  # what only DP needs is not set without it
+                own |= {field for field in self.base if field.startswith("privacy.")}
+            wanted |= {f: text for f, text in self.base.items() if f not in own}
+            wanted |= dict(word.split("=", 1) for word in change)
+        found = (s for s in self.settings if all(s.values.get(field, "") == text for field, text in wanted.items()))
+        return next(found, None)
+
+
+def by_seed(setting: Setting, column: str) -> dict[str, float]:
+    """Seed to value, where the run has one."""
+    numbers = {row.values["seed"]: row.numbers.get(column) for row in setting.rows}
+    return {seed: value for seed, value in numbers.items() if value is not None}
+
+
+def paired(one: Setting | None, other: Setting | None, column: str) -> Estimate | None:
+    """Mean difference over the seeds that both have (same split, same first adapters), and its interval."""
+    if one is None or other is None:
+        return None
+    first, second = by_seed(one, column), by_seed(other, column)
+    common = sorted(first.keys() & second.keys())
+    return estimate([first[seed] - second[seed] for seed in common]) if common else None
+
+
+def kept(one: Setting | None, yardstick: Setting | None) -> Estimate | None:
+    """Share of the gain without DP that a budget leaves, seed by seed."""
+    if one is None or yardstick is None:
+        return None
+    first, second = by_seed(one, "slm_gain"), by_seed(yardstick, "slm_gain")
+    common = sorted(seed for seed in first.keys() & second.keys() if second[seed] > 0)
+    return estimate([first[seed] / second[seed] for seed in common]) if common else None
+
+
+def text(value: Estimate | None, *, signed: bool = True, percent: bool = False) -> str:
+    """Mean ± half the 95 % interval."""
+    if value is None:
+        return "-"
+    scale, digits = (100, 0) if percent else (1, 3)
+    mean = f"{value.mean * scale:{'+' if signed and not percent else ''}.{digits}f}{'%' if percent else ''}"
+    half = "" if value.half is None else f" ± {value.half * scale:.{digits}f}"
+    return (mean + half).replace("-", "−")
+
+
+def shown(value: Estimate | None) -> str:
+    """What the seeds show of a difference."""
+    if value is None or value.half is None:
+        return "not shown"
+    return "helps" if value.low > 0 else "hurts" if value.mean + value.half < 0 else "not shown"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * (lines[0].count("|") - 1) + "|", *lines[1:]])
+
+
+def name(level: str) -> str:
+    """A column's head."""
+    return "no DP" if level == "null" else f"ε = {level}"
+
+
+def tables(study: Study) -> dict[str, str]:
+    """Every table, by its title."""
+    levels = [level for level in LEVELS if any(study.find(m, level) for m in FEDERATED)]
+    methods = [m for m in (*UNFEDERATED, *FEDERATED) if any(study.find(m, level) for level in LEVELS)]
+
+    def every(column: str, *, signed: bool = True) -> str:
+        def cell(method: str, level: str) -> str:
+            setting = study.find(method, level)
+            return text(None if setting is None else setting.of(column), signed=signed)
+
+        return table(("method", *map(name, levels)), ((m, *(cell(m, level) for level in levels)) for m in methods))
+
+    found = {f"What the {model.upper()} gained": every(f"{model}_gain") for model in ("slm", "llm")}
+    for model in ("slm", "llm"):
+        rows = []
+        for one, other, what in PAIRS:
+            values = [paired(study.find(one, lv), study.find(other, lv), f"{model}_gain") for lv in levels]
+            if any(values):
+                rows.append((f"{what}: {one} − {other}", *(f"{text(v)} {shown(v)}" for v in values)))
+        found[f"What makes the difference, {model.upper()}"] = table(("", *map(name, levels)), rows)
+    private = [level for level in levels if level != "null"]
+    shares = {m: [kept(study.find(m, lv), study.find(m, "null")) for lv in private] for m in FEDERATED}
+    rows = [(m, *(text(v, percent=True) for v in values)) for m, values in shares.items() if any(values)]
+    found["What privacy costs"] = table(("method", *map(name, private)), rows)
+    found["Who pays: the site that gained least"] = every("worst_site_gain")
+    found["And the one that gained most"] = every("best_site_gain")
+    rows = []
+    for change in CHANGES:
+        ends = study.find("fedcollm", "null", change), study.find("fedcollm", "null")
+        values = [paired(*ends, f"{model}_gain") for model in ("slm", "llm")]
+        if any(values):
+            rows.append((" ".join(change), *(f"{text(v)} {shown(v)}" for v in values)))
+    found["One setting at a time, FedCoLLM without DP"] = table(("instead of the experiment's", "SLM", "LLM"), rows)
+    rows = []
+    for lift in LIFTS:
+        value = paired(study.find("fedavg", "3", lift), study.find("fedavg", "3"), "slm_gain")
+        if value is not None:
+            rows.append((" ".join(lift), f"{text(value)} {shown(value)}"))
+    found["What lifts private learning: FedAvg at ε = 3"] = table(("instead of the experiment's", "SLM"), rows)
+    return found
+
+
+INTRO: Mapping[str, str] = {
+    "What the SLM gained": "Fall of cross-entropy on held-out records of all sites, nats per token; mean over seeds ± "
+    "half the 95 % t-interval. `standalone` is the mean over the sites' own models. In `centralised_llm` the sites' "
+    "model is the LLM, so its gain stands in the next table.",
+    "What makes the difference, SLM": "Differences seed by seed (same split, same first adapters). *Helps* and *hurts* "
+    "mean that the 95 % interval leaves out 0, one comparison at a time: of twenty, one is expected to do so by "
+    "chance.",
+    "What privacy costs": "Share of the method's own gain without DP that is left, SLM, seed by seed. A method that "
+    "learns much from public text keeps much, because that part costs no privacy.",
+    "Who pays: the site that gained least": "Gain on a site's own held-out records, of the model it ends up with.",
+}
+
+
+def page(study: Study, arguments: argparse.Namespace) -> str:
+    """The whole document."""
+    seeds = sorted({row.values["seed"] for s in study.settings for row in s.rows})
+    cells = sum(len(s.rows) for s in study.settings)
+    hours = sum(row.numbers.get("seconds") or 0 for s in study.settings for row in s.rows) / 3600 / arguments.jobs
+    parts = [
+        f"""# Results: MedQuAD by institute
+
+Made by `python benchmarks/study.py` from {cells} runs, {len(seeds)} seeds, about {hours:.1f} hours with
+{arguments.jobs} runs side by side. Settings: `experiment=medquad_study`. Four institutes are the sites, at most 1000
+records each, 64 tokens a record; SLM `{arguments.slm.name}`, LLM `{arguments.llm.name}`; D_a is the public half of the
+same institutes.
+δ = 1e-5 per record, add or remove one, Poisson sampling, local noise. Every run is the whole system: DP-SGD by
+per-sample gradients, CKKS, masks, ledger.
+
+What this is not: these models are tiny (0.2 and 1.2 million parameters), and the LLM
+was pre-trained on text like D_a. Nothing here says what larger models do. MedQuAD is public; it stands in for private
+text.
+"""
+    ]
+    for title, body in tables(study).items():
+        parts.append(f"## {title}\n\n{INTRO[title]}\n\n{body}\n" if title in INTRO else f"## {title}\n\n{body}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Run the cells that are missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for path in ("--data", "--slm", "--llm"):
+        parser.add_argument(path, type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="eight small runs: does it work?")
+    parser.add_argument("--report-only", action="store_true", help="write the page from the runs there are")
+    arguments = parser.parse_args()
+    arguments.work = arguments.work or Path("outputs") / ("study-quick" if arguments.quick else "study")
+    if arguments.quick:
+        arguments.seeds = 2
+    settings = settings_of(rows_of(kept_cells(arguments.work))) if arguments.report_only else run(arguments)
+    written = page(Study(settings), arguments)
+    if arguments.quick:
+        (arguments.work / "results.md").write_text(written)
+    else:
+        (DOCS / "results.md").write_text(written)
+        for figure in sorted((arguments.work / "figures").glob("*slm*epsilon*.svg"))[:1]:
+            shutil.copy(figure, DOCS / "results.svg")
+    sys.stdout.write(written)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The study's page: intervals as scipy has them, compared seed by seed, and nothing called better that is not shown."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from secure_fedcollm.sweep_results import Row, Setting
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", ROOT / "benchmarks" / "study.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError("benchmarks/study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def setting(method: str, level: str, gains: list[float], **changed: str) -> Setting:
+    values = {"method": method, "privacy.epsilon": level, "distillation.direction": "forward", **changed}
+    numbers = [
+        {"slm_gain": gain, "llm_gain": gain / 10, "worst_site_gain": gain / 2, "seconds": 60.0} for gain in gains
+    ]
+    rows = [
+        Row(cell=f"{method}{seed}", values={**values, "seed": str(seed)}, status="finished", reason="", numbers=of)
+        for seed, of in enumerate(numbers)
+    ]
+    return Setting(values=values, rows=tuple(rows))
+
+
+def test_differences_are_taken_seed_by_seed_with_scipys_interval(study: ModuleType) -> None:
+    generator = np.random.default_rng(1)
+    one = generator.normal(2, 1, 5)
+    other = one - generator.normal(0.1, 0.02, 5)  # seeds differ much more than methods
+    found = study.paired(setting("a", "8", one.tolist()), setting("b", "8", other.tolist()), "slm_gain")
+    low, high = stats.ttest_rel(one, other).confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert study.shown(found) == "helps"
+    assert (
+        study.shown(study.paired(setting("b", "8", other.tolist()), setting("a", "8", one.tolist()), "slm_gain"))
+        == "hurts"
+    )
+    unpaired = stats.ttest_ind(one, other).confidence_interval(0.95)
+    assert unpaired.low < 0  # which could not have shown it
+
+
+def test_one_seed_and_intervals_around_zero_show_nothing(study: ModuleType) -> None:
+    once = study.paired(setting("a", "8", [2.0]), setting("b", "8", [1.0]), "slm_gain")
+    assert study.shown(once) == "not shown"
+    assert (
+        study.shown(study.paired(setting("a", "8", [1.0, 2.0]), setting("b", "8", [2.0, 1.0]), "slm_gain"))
+        == "not shown"
+    )
+    assert study.paired(None, setting("b", "8", [1.0]), "slm_gain") is None
+
+
+def test_what_a_budget_leaves_is_a_share_of_the_same_seeds_gain(study: ModuleType) -> None:
+    left = study.kept(setting("a", "3", [1.0, 3.0]), setting("a", "null", [2.0, 4.0]))
+    assert left.mean == pytest.approx((0.5 + 0.75) / 2)
+
+
+def test_the_page_has_every_finished_setting_and_finds_changes_beside_their_base(
+    study: ModuleType, tmp_path: Path
+) -> None:
+    settings = [
+        setting("fedcollm", "null", [2.0, 2.2, 2.1]),
+        setting("fedcollm", "null", [1.5, 1.7, 1.6], **{"distillation.direction": "reverse"}),
+        setting("fedcollm", "3", [1.8, 2.0, 1.9]),
+        setting("fedavg_public", "null", [1.0, 1.2, 1.1]),
+        setting("zero_shot", "null", [0.0, 0.0, 0.0]),
+    ]
+    arguments = argparse.Namespace(jobs=2, slm=tmp_path / "small", llm=tmp_path / "large")
+    page = study.page(study.Study(settings), arguments)
+    assert "| fedcollm | +2.100 ± 0.248 | +1.900 ± 0.248 |" in page
+    assert "fedcollm − fedavg_public | +1.000 ± 0.000 helps | - not shown |" in page
+    assert "| distillation.direction=reverse | −0.500 ± 0.000" in page
+    assert "| zero_shot | +0.000 ± 0.000 | - |" in page
+    assert "from 15 runs, 3 seeds" in page
+    assert "| standalone |" not in page
+
+
+def test_the_quick_form_is_eight_runs_and_the_whole_one_every_method_and_budget(study: ModuleType) -> None:
+    (quick,) = study.grids("seed=0,1", quick=True)
+    assert [len(word.partition("=")[2].split(",")) for word in quick[:3]] == [2, 2, 2]
+    words = " ".join(word for grid in study.grids("seed=0", quick=False) for word in grid)
+    for name in (*study.FEDERATED, *study.UNFEDERATED, *study.LEVELS):
+        assert name in words
