@@ -194,6 +194,8 @@ class DistillationConfig:
     """Server-side co-tuning on D_a; ``steps=0`` switches it off, ``kd_weight=0`` leaves plain fine-tuning.
 
     Attributes:
+        warm_start_steps: such steps before the first round. They read public text only and cost no privacy; the first
+            private step then starts from adapters that know it.
         kd_weight: lambda, the weight of the KL term beside cross-entropy, on both sides.
         direction: ``forward`` is KL(teacher || student), ``reverse`` KL(student || teacher).
         top_k: keep the teacher's k largest probabilities and one bucket for the rest; null is the full vocabulary.
@@ -204,6 +206,7 @@ class DistillationConfig:
     """
 
     steps: int
+    warm_start_steps: int
     batch_size: int
     kd_weight: float
     temperature: float
@@ -216,7 +219,8 @@ class DistillationConfig:
     llm_learning_rate: float
 
     def __post_init__(self) -> None:
-        check(self.steps >= 0, "distillation.steps", self.steps, "an integer >= 0")
+        for name in ("steps", "warm_start_steps"):
+            check(getattr(self, name) >= 0, f"distillation.{name}", getattr(self, name), "an integer >= 0")
         check(self.batch_size >= 1, "distillation.batch_size", self.batch_size, "an integer >= 1")
         check(self.kd_weight >= 0, "distillation.kd_weight", self.kd_weight, "a number >= 0")
         check(self.top_k is None or self.top_k >= 1, "distillation.top_k", self.top_k, "null or an integer >= 1")
@@ -280,6 +284,12 @@ class Config:
             "federation.pool",
             self.federation.pool,
             "false for private data: pooled records would be charged to another ledger than their sites'",
+        )
+        check(
+            self.federation.exchange == "secure_sum" or self.distillation.warm_start_steps == 0,
+            "distillation.warm_start_steps",
+            self.distillation.warm_start_steps,
+            "0 with federation.exchange=none: the server gives nothing to sites that train alone",
         )
         least = max(3, self.secure_sum.max_colluding + 2)
         check(

@@ -116,7 +116,11 @@ def _rounds(
         folder.drop_metrics_after(-1)
         before = RoundOutcome(outcome="before", state=parts.start)
         folder.append_metrics(_row(0, 1, before, _measure(parts, parts.start, progress), parts, progress))
-        last = Checkpoint(server_round=0, state=parts.start)
+        state = parts.start
+        if config.distillation.warm_start_steps > 0:
+            tuned = federation.server.co_tune(state.slm, state.llm, server_round=0)
+            state = replace(state, slm=tuned.slm, llm=tuned.llm)
+        last = Checkpoint(server_round=0, state=state)
         folder.save_checkpoint(last, parts.slm.spec.digest)
     else:
         folder.drop_metrics_after(last.server_round)

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,24 +170,29 @@ class Server:
         return self._slm.read(), adam
 
     def co_tune(self, slm: Float32, llm: Float32, server_round: int) -> CoTuned:
-        """Mutual distillation on D_a, then re-basing; with ``distillation.steps=0`` only the re-basing.
+        """Mutual distillation on D_a, then re-basing; without steps only the re-basing.
+
+        Round 0 is the warm start, ``distillation.warm_start_steps`` before any site has trained.
 
         Raises:
             RoundLost: a model diverged (NaN or infinity); the adapters are as before.
         """
         config = self._config
+        how = config.distillation
+        if server_round == 0:
+            how = replace(how, steps=how.warm_start_steps)
         self._slm.write(slm)
         self._llm.write(llm)
         report = None
-        if config.distillation.steps > 0:
+        if how.steps > 0:
             with self._progress.stage(
-                "distil", f"server: round {server_round}, co-tuning SLM and LLM", config.distillation.steps
+                "distil", f"server: round {server_round}, co-tuning SLM and LLM", how.steps
             ) as step:
                 report = co_tune(
                     slm=self._slm,
                     llm=self._llm,
                     tokens=self._public_tokens,
-                    config=config.distillation,
+                    config=how,
                     train_slm_a=config.adapter.aggregation != "freeze_a",
                     seed=config.seed + 7_919 * server_round,
                     on_step=step,

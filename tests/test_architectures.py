@@ -175,6 +175,7 @@ def test_one_co_tuning_step_moves_both_models(
     slm, llm = load_tiny(architecture), load_tiny(architecture, width=48)
     config = DistillationConfig(
         steps=1,
+        warm_start_steps=0,
         batch_size=4,
         kd_weight=1.0,
         temperature=1.0,

@@ -56,6 +56,7 @@ def tune(
     config = DistillationConfig(
         **{
             "steps": 1,
+            "warm_start_steps": 0,
             "batch_size": 5,
             "kd_weight": 1.0,
             "temperature": 1.0,

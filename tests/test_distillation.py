@@ -27,6 +27,7 @@ def settings(**changes: Any) -> DistillationConfig:
     return DistillationConfig(
         **{
             "steps": 2,
+            "warm_start_steps": 0,
             "batch_size": 3,
             "kd_weight": 1.0,
             "temperature": 1.0,

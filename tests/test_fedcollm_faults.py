@@ -119,6 +119,7 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
         distillation=DistillationConfig(
             **{
                 "steps": 3,
+                "warm_start_steps": 0,
                 "batch_size": 4,
                 "kd_weight": 1.0,
                 "temperature": 1.0,
@@ -336,7 +337,7 @@ def test_03_and_04_every_setting_is_read_and_has_an_effect(
     Here the settings are frozen dataclasses without defaults and mypy checks each name; this shows that each is used.
     """
     assert {f.name for f in dataclasses.fields(DistillationConfig)} == {
-        *("steps", "batch_size", "kd_weight", "temperature", "direction", "top_k", "alignment"),
+        *("steps", "warm_start_steps", "batch_size", "kd_weight", "temperature", "direction", "top_k", "alignment"),
         *("train_slm", "train_llm", "slm_learning_rate", "llm_learning_rate"),
     }
     results = []

@@ -379,6 +379,30 @@ def test_the_report_asks_nobody_for_anything(launch: Launch, tmp_path: Path) -> 
     assert 'href="http' not in page
 
 
+def test_a_warm_start_moves_both_models_before_any_site_trains_and_every_site_gets_it(
+    launch: Launch, tmp_path: Path
+) -> None:
+    warm = "distillation.warm_start_steps=3"
+    summary = launch(warm, "federation.rounds=1", "data.declared=synthetic", "data.public_fraction=0.2")
+    events = [json.loads(line) for line in (tmp_path / "out" / "transcript.jsonl").read_text().splitlines()]
+    (begun,) = (event for event in events if event["event"] == "start")
+    (plan,) = (event for event in events if event["event"] == "plan")
+    assert plan["terms"]["adapter_digest"] == begun["slm"]  # what is broadcast first is the warm one
+    cold = launch("federation.rounds=1", "data.declared=synthetic", "data.public_fraction=0.2", output="cold")
+    others = [json.loads(line) for line in (tmp_path / "cold" / "transcript.jsonl").read_text().splitlines()]
+    (other,) = (event for event in others if event["event"] == "start")
+    assert begun["slm"] != other["slm"]
+    assert begun["llm"] != other["llm"]
+    assert summary["slm"]["before"] == cold["slm"]["before"]  # what is called before is before the warm start too
+    for site, row in summary["sites"].items():
+        assert row["epsilon"] == cold["sites"][site]["epsilon"]  # public text costs nothing
+
+
+def test_sites_that_train_alone_get_no_warm_start(launch: Launch) -> None:
+    with pytest.raises(ConfigError, match=r"distillation\.warm_start_steps.*method=standalone"):
+        launch("method=standalone", "distillation.warm_start_steps=3")
+
+
 @pytest.mark.parametrize(
     "family",
     ["gpt2", "opt", "gpt_neox", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "qwen2", "qwen3"))],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -95,3 +97,26 @@ def test_the_quick_form_is_eight_runs_and_the_whole_one_every_method_and_budget(
     words = " ".join(word for grid in study.grids("seed=0", quick=False) for word in grid)
     for name in (*study.FEDERATED, *study.UNFEDERATED, *study.LEVELS):
         assert name in words
+
+
+@pytest.mark.slow
+def test_the_quick_study_runs_on_the_real_data_and_goes_on_where_it_was_cut(
+    study: ModuleType,
+    shared_data: Callable[[str], Path],
+    shared_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = shared_model("stories-sheared-3L"), shared_model("stories-grown-1.2M")
+    data = shared_data("medquad") / "medquad.jsonl"
+    words = ["study.py", "--quick", "--data", data, "--slm", models[0], "--llm", models[1], "--work", tmp_path / "work"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    study.main()
+    page = (tmp_path / "work" / "results.md").read_text()
+    assert "from 8 runs, 2 seeds" in page
+    assert "distillation, both ways, against fine-tuning on the same public text: fedcollm − fedavg_public" in page
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("cells/*/run/summary.json")}
+    assert len(finished) == 8
+    study.main()
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert (tmp_path / "work" / "results.md").read_text() == page
