@@ -24,6 +24,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 LEVELS = ("null", "8", "3", "1")
 FEDERATED = ("fedcollm", "llm_to_slm", "fedavg_public", "fedavg", "standalone")
 UNFEDERATED = ("zero_shot", "centralised_slm", "centralised_llm")
+AIMS = {"8": 90, "3": 75}  # per cent of the gain without DP
 PAIRS = (
     ("fedcollm", "fedavg_public", "distillation, both ways, against fine-tuning on the same public text"),
     ("llm_to_slm", "fedavg_public", "distillation one way, against the same"),
@@ -189,7 +190,8 @@ def tables(study: Study) -> dict[str, str]:
         for one, other, what in PAIRS:
             values = [paired(study.find(one, lv), study.find(other, lv), f"{model}_gain") for lv in levels]
             if any(values):
-                rows.append((f"{what}: {one} − {other}", *(f"{text(v)} {shown(v)}" for v in values)))
+                cells = (f"{text(v)} {shown(v)}" if v else "-" for v in values)
+                rows.append((f"{what}: {one} − {other}", *cells))
         found[f"What makes the difference, {model.upper()}"] = table(("", *map(name, levels)), rows)
     private = [level for level in levels if level != "null"]
     shares = {m: [kept(study.find(m, lv), study.find(m, "null")) for lv in private] for m in FEDERATED}
@@ -226,6 +228,28 @@ INTRO: Mapping[str, str] = {
 }
 
 
+def reading(study: Study) -> list[str]:
+    """What the intervals show, in sentences."""
+    lines = []
+    for one, other, what in PAIRS:
+        for model in ("slm", "llm"):
+            values = {lv: paired(study.find(one, lv), study.find(other, lv), f"{model}_gain") for lv in LEVELS}
+            seen = {level: shown(value) for level, value in values.items() if value is not None}
+            if not seen or all(v is None or v.mean == 0 for v in values.values()):
+                continue
+            told = [
+                f"{word} at {', '.join(name(lv) for lv in seen if seen[lv] == word)}"
+                for word in dict.fromkeys(seen.values())
+            ]
+            lines.append(f"{what[0].upper()}{what[1:]} ({one} − {other}), {model.upper()}: {'; '.join(told)}.")
+    for level, aim in AIMS.items():
+        shares = {m: kept(study.find(m, level), study.find(m, "null")) for m in FEDERATED}
+        told = [f"{m} {text(v, percent=True)}" for m, v in shares.items() if v is not None]
+        if told:
+            lines.append(f"Of the gain without DP, {name(level)} keeps (aim: {aim} %): {', '.join(told)}.")
+    return lines
+
+
 def page(study: Study, arguments: argparse.Namespace) -> str:
     """The whole document."""
     seeds = sorted({row.values["seed"] for s in study.settings for row in s.rows})
@@ -246,7 +270,10 @@ was pre-trained on text like D_a. Nothing here says what larger models do. MedQu
 text.
 """
     ]
+    parts.append("## In short\n\n" + "\n".join(f"- {line}" for line in reading(study)) + "\n")
     for title, body in tables(study).items():
+        if body.count("\n") < 2:  # nothing of it was run yet
+            continue
         parts.append(f"## {title}\n\n{INTRO[title]}\n\n{body}\n" if title in INTRO else f"## {title}\n\n{body}\n")
     return "\n".join(parts)
 

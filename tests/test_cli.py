@@ -118,6 +118,7 @@ def test_errors_are_one_line_and_exit_code_two(
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing(
     tmp_path: Path, pair: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -418,7 +418,7 @@ def test_local_noise_may_release_gradients_too(launch: Callable[..., dict[str, A
 def test_a_seeded_run_repeats_itself_and_says_not_private_everywhere(
     launch: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    seeded = ("privacy.insecure_test_seed=5", "federation.local_steps=2")
+    seeded = ("privacy.insecure_test_seed=5", "federation.local_steps=2", "federation.rounds=1")
     one = launch(*seeded, declared="synthetic")
     out = tmp_path / "out"
     assert one["private"] is False
@@ -433,7 +433,7 @@ def test_a_seeded_run_repeats_itself_and_says_not_private_everywhere(
     two = launch(*seeded, declared="synthetic")
     assert (one["slm"], one["llm"]) == (two["slm"], two["llm"])
     (tmp_path / "out").rename(tmp_path / "second")
-    other = launch("privacy.insecure_test_seed=6", "federation.local_steps=2", declared="synthetic")
+    other = launch("privacy.insecure_test_seed=6", *seeded[1:], declared="synthetic")
     assert other["slm"] != one["slm"]
 
 
@@ -449,7 +449,7 @@ def test_private_records_are_never_trained_with_a_seed(launch: Callable[..., dic
         (("privacy=distributed", "federation.local_steps=3"), "federation.local_steps"),
         (("privacy=distributed", "adapter.aggregation=rebase"), "adapter.aggregation"),
         (("privacy=distributed", "privacy.least_honest=4"), "privacy.least_honest"),
-        (("privacy=distributed", "method=standalone"), "federation.release"),
+        (("privacy=distributed", "method=standalone", "distillation.steps=0"), "federation.release"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(

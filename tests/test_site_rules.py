@@ -175,7 +175,7 @@ def test_no_exception_is_needed_where_nothing_is_trained_and_one_is_where_nothin
         start("private=false", output="open")
 
 
-@pytest.mark.parametrize("overrides", [["data.partition=iid"], ["method=centralised_slm"]])
+@pytest.mark.parametrize("overrides", [["data.partition=iid"], ["method=centralised_slm", "distillation.steps=0"]])
 def test_private_records_are_never_charged_to_a_ledger_that_is_not_their_sites(
     start: Start, overrides: list[str]
 ) -> None:

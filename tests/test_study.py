@@ -84,10 +84,13 @@ def test_the_page_has_every_finished_setting_and_finds_changes_beside_their_base
     arguments = argparse.Namespace(jobs=2, slm=tmp_path / "small", llm=tmp_path / "large")
     page = study.page(study.Study(settings), arguments)
     assert "| fedcollm | +2.100 ± 0.248 | +1.900 ± 0.248 |" in page
-    assert "fedcollm − fedavg_public | +1.000 ± 0.000 helps | - not shown |" in page
+    assert "fedcollm − fedavg_public | +1.000 ± 0.000 helps | - |" in page
     assert "| distillation.direction=reverse | −0.500 ± 0.000" in page
     assert "| zero_shot | +0.000 ± 0.000 | - |" in page
     assert "from 15 runs, 3 seeds" in page
+    assert "(fedcollm − fedavg_public), SLM: helps at no DP." in page
+    assert "ε = 3 keeps (aim: 75 %): fedcollm 90% ± 1." in page
+    assert "What lifts" not in page  # nothing of it was run
     assert "| standalone |" not in page
 
 

@@ -531,6 +531,7 @@ def inside(folder: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_gives_the_same_table(
     grid: list[str], whole: tuple[Path, dict[str, dict[str, str]]], tmp_path: Path
 ) -> None:
