@@ -290,10 +290,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="eight small runs: does it work?")
     parser.add_argument("--report-only", action="store_true", help="write the page from the runs there are")
     arguments = parser.parse_args()
+    for option in ("data", "slm", "llm"):
+        if not getattr(arguments, option).exists():
+            parser.error(f"--{option} {getattr(arguments, option)}: no such file or folder")
     arguments.work = arguments.work or Path("outputs") / ("study-quick" if arguments.quick else "study")
     if arguments.quick:
         arguments.seeds = 2
     settings = settings_of(rows_of(kept_cells(arguments.work))) if arguments.report_only else run(arguments)
+    if not settings:  # a page of results that is there is not replaced by one without any
+        parser.exit(1, f"no run in {arguments.work} is finished; the lines above say why\n")
     written = page(Study(settings), arguments)
     if arguments.quick:
         (arguments.work / "results.md").write_text(written)

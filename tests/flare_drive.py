@@ -31,7 +31,7 @@ from .flare_federation import (
 )
 
 KILLS = (("s00", "job"), ("s00", "parent"), (SERVER, "job"), (SERVER, "parent"))
-LONG = 30_000_000
+LONG = 60_000_000
 
 
 def ask(transport: EngineTransport, operation: str, body: bytes) -> dict[str, Any]:

@@ -102,6 +102,27 @@ def test_the_quick_form_is_eight_runs_and_the_whole_one_every_method_and_budget(
         assert name in words
 
 
+@pytest.mark.parametrize(("missing", "code", "words"), [(True, 2, "--slm"), (False, 1, "no run in")])
+def test_without_models_or_finished_runs_no_page_is_written(
+    study: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: bool,
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.setattr(study, "DOCS", tmp_path)
+    slm = tmp_path / "nowhere" if missing else tmp_path
+    given = ["study.py", "--report-only", "--data", tmp_path, "--slm", slm, "--llm", tmp_path, "--work", tmp_path / "w"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in given])
+    with pytest.raises(SystemExit) as end:
+        study.main()
+    assert end.value.code == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "results.md").exists()
+
+
 @pytest.mark.slow
 def test_the_quick_study_runs_on_the_real_data_and_goes_on_where_it_was_cut(
     study: ModuleType,
