@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Every process of the tests would compile our modules anew.
+# Modules are compiled once, by the first process that imports them: pip would compile thousands that none does.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test slow fuzz namespaces lint bench study study-quick clean
@@ -53,7 +53,7 @@ bench: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; try: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deploy]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,deploy]'
 	touch $@
 
 clean:

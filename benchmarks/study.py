@@ -46,18 +46,21 @@ CHANGES: tuple[tuple[str, ...], ...] = (
     ("data.partition=iid",),
     ("data.partition=dirichlet", "data.dirichlet_alpha=0.1"),
 )
-# What may lift private learning, where nothing else helps it: FedAvg at epsilon 3. Costs no more privacy.
-LIFTS: tuple[tuple[str, ...], ...] = (
-    ("privacy.expected_batch_size=128",),
-    ("privacy.expected_batch_size=256", "federation.local_steps=2"),
-    ("federation.learning_rate=0.02",),
-    ("federation.learning_rate=0.005",),
-    ("privacy.max_grad_norm=0.3",),
-    ("privacy.max_grad_norm=3.0",),
-    ("privacy.clipping=automatic",),
-    ("adapter.aggregation=freeze_a",),
-    ("adapter.aggregation=factor_average",),
-    ("adapter.r=4",),
+# What may lift learning at epsilon 3, and costs no more privacy; FedAvg learns from private text alone.
+LIFTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("fedavg", ("privacy.expected_batch_size=128",)),
+    ("fedavg", ("privacy.expected_batch_size=256", "federation.local_steps=2")),
+    ("fedavg", ("federation.rounds=8",)),
+    ("fedavg", ("federation.learning_rate=0.02",)),
+    ("fedavg", ("federation.learning_rate=0.005",)),
+    ("fedavg", ("privacy.max_grad_norm=0.3",)),
+    ("fedavg", ("privacy.max_grad_norm=3.0",)),
+    ("fedavg", ("privacy.clipping=automatic",)),
+    ("fedavg", ("adapter.aggregation=freeze_a",)),
+    ("fedavg", ("adapter.aggregation=factor_average",)),
+    ("fedavg", ("adapter.r=4",)),
+    ("fedcollm", ("distillation.warm_start_steps=15",)),
+    ("fedcollm", ("distillation.steps=19",)),  # as many steps on public text, none of them first
 )
 
 
@@ -71,7 +74,7 @@ def grids(seeds: str, quick: bool) -> list[list[str]]:
         [first, f"privacy.epsilon={','.join(LEVELS)}", seeds],
         [second, "privacy.epsilon=null,3", seeds],
         [f"method={','.join(UNFEDERATED)}", "privacy.epsilon=null", seeds],
-        *([*lift, "method=fedavg", "privacy.epsilon=3", seeds] for lift in LIFTS),
+        *([*lift, f"method={method}", "privacy.epsilon=3", seeds] for method, lift in LIFTS),
         [second, "privacy.epsilon=8,1", seeds],
         *([*change, "method=fedcollm", "privacy.epsilon=null", seeds] for change in CHANGES),
     ]
@@ -102,16 +105,18 @@ class Study:
 
     def __init__(self, settings: Sequence[Setting]) -> None:
         self.settings = settings
-        fields = {word.partition("=")[0] for change in (*CHANGES, *LIFTS) for word in change}
-        known = {field: [s.values.get(field, "") for s in settings] for field in fields}
-        # The base is what most settings have.
+        fields = {word.partition("=")[0] for change in (*CHANGES, *(lift for _, lift in LIFTS)) for word in change}
+        own = [s for s in settings if s.values["method"] == "fedcollm"]
+        known = {field: [s.values.get(field, "") for s in own] for field in fields}
+        # The base is what most of FedCoLLM's settings have; other methods set some of these fields themselves.
         self.base = {field: max(set(texts), key=texts.count) for field, texts in known.items() if any(texts)}
 
     def find(self, method: str, level: str, change: Sequence[str] = ()) -> Setting | None:
         """The setting, or None if no seed of it is finished."""
         wanted = {"method": method, "privacy.epsilon": level}
-        if method in ("fedcollm", "fedavg"):  # the others were not changed, and set some of these fields themselves
-            own = {"distillation.steps", "distillation.kd_weight"} if method == "fedavg" else set()
+        if method in ("fedcollm", "fedavg"):  # the others were not changed
+            tuned = ("steps", "kd_weight", "warm_start_steps")
+            own = {f"distillation.{field}" for field in tuned} if method == "fedavg" else set()
             if level == "null":  # what only DP needs is not set without it
                 own |= {field for field in self.base if field.startswith("privacy.")}
             wanted |= {f: text for f, text in self.base.items() if f not in own}
@@ -207,11 +212,11 @@ def tables(study: Study) -> dict[str, str]:
             rows.append((" ".join(change), *(f"{text(v)} {shown(v)}" for v in values)))
     found["One setting at a time, FedCoLLM without DP"] = table(("instead of the experiment's", "SLM", "LLM"), rows)
     rows = []
-    for lift in LIFTS:
-        value = paired(study.find("fedavg", "3", lift), study.find("fedavg", "3"), "slm_gain")
+    for method, lift in LIFTS:
+        value = paired(study.find(method, "3", lift), study.find(method, "3"), "slm_gain")
         if value is not None:
-            rows.append((" ".join(lift), f"{text(value)} {shown(value)}"))
-    found["What lifts private learning: FedAvg at ε = 3"] = table(("instead of the experiment's", "SLM"), rows)
+            rows.append((method, " ".join(lift), f"{text(value)} {shown(value)}"))
+    found["What lifts learning at ε = 3"] = table(("method", "instead of the experiment's", "SLM"), rows)
     return found
 
 

@@ -124,6 +124,7 @@ def test_the_file_parses_at_every_moment_while_it_is_written(board: StatusBoard,
     stop.set()
     for writer in writers:
         writer.join()
+    board.close()  # its own thread may be writing still
     opened = [snapshot.opened for snapshot in seen]
     assert opened == sorted(opened)
     assert opened[-1] > opened[0]
