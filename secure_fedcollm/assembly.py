@@ -20,6 +20,7 @@ from fedcollm_privacy.roster import Roster
 from fedcollm_privacy.secure_sum import MaskedSum
 from secure_fedcollm import data as federation_data
 from secure_fedcollm.alignment import check_tokenizers, tokenize_public
+from secure_fedcollm.checkpoints import DeviceMap
 from secure_fedcollm.config import Config
 from secure_fedcollm.data import FederationData, SiteData
 from secure_fedcollm.folder import RunFolder
@@ -29,6 +30,7 @@ from secure_fedcollm.models import AdaptedModel, load, use_fitting_threads
 from secure_fedcollm.parties import Parties, ledger_dir
 from secure_fedcollm.pretraining import embedded_pair
 from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.ranks import require_ranks
 from secure_fedcollm.records import Record
 from secure_fedcollm.rounds import Federation, Offers, State
 from secure_fedcollm.server import Server
@@ -92,6 +94,10 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
         data = _pooled(data)
     _check_sites(config, data)
     slm, llm = load_models(config, folder, progress)
+    narrow = {
+        rank: _load(config, slm.name, progress, seed=config.seed, rank=rank)
+        for rank in sorted(set((config.adapter.site_ranks or {}).values()))
+    }
     test, test_source = _test_records(config, data)
     site_model = slm if config.federation.site_model == "slm" else llm
     parties = Parties.of(config, folder, tuple(site_data.name for site_data in data.sites))
@@ -125,7 +131,7 @@ def assemble(config: Config, folder: RunFolder, progress: RunProgress) -> Assemb
             opened = open_site(
                 terms,
                 side,
-                adapted=site_model,
+                adapted=narrow.get(config.adapter.rank_of(name), site_model),
                 tokens=tokens[name],
                 plan=plans.get(name),
                 ledger=ledgers.get(name),
@@ -243,6 +249,7 @@ def _check_sites(config: Config, data: FederationData) -> None:
         )
     if federation.exchange == "secure_sum":
         config.secure_sum.threshold_of(len(data.sites))
+    require_ranks(config, [site.name for site in data.sites])
 
 
 def _pooled(data: FederationData) -> FederationData:
@@ -269,25 +276,31 @@ def load_models(config: Config, folder: RunFolder, progress: RunProgress) -> tup
     loaded = []
     maps = (None, config.model.llm_device_map)
     for name, adapter_seed, device_map in zip(names, (config.seed, config.seed + 1), maps, strict=True):
-        with progress.stage("load", f"load {name}"):
-            loaded.append(
-                load(
-                    str(name),
-                    dtype=config.model.dtype,
-                    device=config.device,
-                    r=config.adapter.r,
-                    lora_alpha=config.adapter.lora_alpha,
-                    lora_dropout=config.adapter.lora_dropout,
-                    target_modules=config.adapter.target_modules,
-                    seed=adapter_seed,
-                    activation_checkpointing=config.model.activation_checkpointing,
-                    device_map=device_map,
-                )
-            )
+        rank = config.adapter.r
+        loaded.append(_load(config, str(name), progress, seed=adapter_seed, rank=rank, device_map=device_map))
     slm, llm = loaded
     check_tokenizers(slm, llm, config.distillation.alignment)
     use_fitting_threads(slm, llm)
     return slm, llm
+
+
+def _load(
+    config: Config, name: str, progress: RunProgress, *, seed: int, rank: int, device_map: DeviceMap | None = None
+) -> AdaptedModel:
+    adapter = config.adapter
+    with progress.stage("load", f"load {name}"):
+        return load(
+            name,
+            dtype=config.model.dtype,
+            device=config.device,
+            r=rank,
+            lora_alpha=adapter.lora_alpha * rank / adapter.r,  # a component counts the same at every site
+            lora_dropout=adapter.lora_dropout,
+            target_modules=adapter.target_modules,
+            seed=seed,
+            activation_checkpointing=config.model.activation_checkpointing,
+            device_map=device_map,
+        )
 
 
 def _embedded_models(folder: RunFolder, progress: RunProgress) -> tuple[str, str]:

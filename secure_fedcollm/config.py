@@ -7,6 +7,7 @@ wrong types, NaN and values out of range, each with the field's full path. What 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,9 +118,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """LoRA; names as in peft."""
+    """LoRA; names as in peft.
+
+    Attributes:
+        site_ranks: sites that train an adapter of a lower rank than ``r``, with their ranks; null: none.
+    """
 
     r: int
+    site_ranks: Mapping[str, int] | None
     lora_alpha: int
     lora_dropout: float
     target_modules: tuple[str, ...] | None
@@ -129,6 +135,19 @@ class AdapterConfig:
         check(self.r >= 1, "adapter.r", self.r, "an integer >= 1")
         check(self.lora_alpha >= 1, "adapter.lora_alpha", self.lora_alpha, "an integer >= 1")
         check(0 <= self.lora_dropout < 1, "adapter.lora_dropout", self.lora_dropout, "a number in [0, 1)")
+        for site, rank in (self.site_ranks or {}).items():
+            allowed = f"an integer from 1 to adapter.r - 1 = {self.r - 1}"
+            check(1 <= rank < self.r, f"adapter.site_ranks.{site}", rank, allowed)
+        check(
+            not self.site_ranks or self.aggregation == "rebase",
+            "adapter.aggregation",
+            self.aggregation,
+            "rebase with adapter.site_ranks: only there the first components are the ones that matter most",
+        )
+
+    def rank_of(self, site: str) -> int:
+        """The rank of a site's adapter."""
+        return (self.site_ranks or {}).get(site, self.r)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +303,12 @@ class Config:
             "federation.pool",
             self.federation.pool,
             "false for private data: pooled records would be charged to another ledger than their sites'",
+        )
+        check(
+            self.federation.exchange == "secure_sum" or not self.adapter.site_ranks,
+            "adapter.site_ranks",
+            self.adapter.site_ranks,
+            "null with federation.exchange=none: nothing is summed",
         )
         check(
             self.federation.exchange == "secure_sum" or self.distillation.warm_start_steps == 0,

@@ -152,7 +152,7 @@ def load(
     dtype: Literal["float32", "bfloat16"],
     device: str,
     r: int,
-    lora_alpha: int,
+    lora_alpha: float,
     lora_dropout: float,
     target_modules: Sequence[str] | None,
     seed: int,

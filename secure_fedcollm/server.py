@@ -16,11 +16,13 @@ from fedcollm_privacy.errors import RoundLost
 from fedcollm_privacy.messages import DpTerms, OpenedSum, RoundPlan, vector_digest
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import dequantize_mean
+from fedcollm_privacy.ranks import rank_of
 from secure_fedcollm.alignment import AlignedTokens
 from secure_fedcollm.config import Config
 from secure_fedcollm.distillation import CoTuningReport, co_tune
 from secure_fedcollm.models import AdaptedModel, rebase
 from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.ranks import reach
 from secure_fedcollm.server_optimizer import AdamState, adam_step
 from secure_fedcollm.tokenization import TokenDataset
 
@@ -114,6 +116,7 @@ class Server:
             adapter: the SLM's adapter that all sites will start from, float32 [D].
         """
         config, plan = self._config, self._gradient_plan
+        narrow = config.adapter.site_ranks or {}
         contributors = max(self._sites, config.federation.min_contributors)
         return RoundPlan(
             run_id=self._run_id,
@@ -138,6 +141,8 @@ class Server:
             release="update" if plan is None else "gradient",
             noise_multiplier=0.0 if plan is None else plan.noise_multiplier,
             least_honest=1 if plan is None else plan.least_honest,
+            narrow_sites=tuple(sorted(narrow)),
+            narrow_ranks=tuple(narrow[site] for site in sorted(narrow)),
         )
 
     def apply(self, adapter: Float32, adam: AdamState, opened: OpenedSum) -> tuple[Float32, AdamState]:
@@ -152,6 +157,10 @@ class Server:
         if opened.plan.spec_digest != self._spec.digest or opened.total.shape != (self._spec.dimension,):
             raise RoundLost("the opened sum is of another adapter")
         mean = dequantize_mean(opened)
+        if opened.plan.narrow_sites:
+            ranks = [rank_of(opened.plan, site) or self._config.adapter.r for site in opened.cohort]
+            # A coordinate that none fills is 0 in the sum.
+            mean *= (len(ranks) / np.maximum(reach(self._spec, ranks), 1)).astype(np.float32)
         norm = float(np.linalg.norm(mean.astype(np.float64)))
         if not norm <= opened.plan.max_mean_norm * (1 + 1e-6):
             raise RoundLost(

@@ -15,6 +15,7 @@ from secure_fedcollm.data import load_public
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.offers import RunOffers
 from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.ranks import require_ranks
 from secure_fedcollm.rounds import State
 from secure_fedcollm.terms import terms_of
 from secure_fedcollm.transport import Transport
@@ -117,3 +118,4 @@ def _check(config: Config, key: SigningKey, roster: Roster, transport: Transport
     if sites < least:
         raise ConfigError("federation.min_contributors", least, f"at most the {sites} sites of the roster")
     config.secure_sum.threshold_of(sites)
+    require_ranks(config, roster.site_names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from fedcollm_privacy.messages import (
 from fedcollm_privacy.plan import DpPlan
 from fedcollm_privacy.quantization import clipped_fraction, on_grid, quantize
 from fedcollm_privacy.randomness import SecureRandom
+from fedcollm_privacy.ranks import rank_of
 from fedcollm_privacy.reservation import Ran
 from fedcollm_privacy.run_messages import ClaimsRequest, SiteClaims
 from fedcollm_privacy.secure_sum_messages import (
@@ -56,6 +57,7 @@ from fedcollm_privacy.tree_heads import HeadRequest, SignedHead, WitnessedHead
 from fedcollm_privacy.wire import decode, encode
 from secure_fedcollm.models import AdaptedModel, Aggregation
 from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.ranks import narrowed, rank_in, widened, with_rank
 from secure_fedcollm.site_guard import SiteGuard
 from secure_fedcollm.tokenization import TokenDataset
 from secure_fedcollm.training import (
@@ -110,6 +112,7 @@ class Site:
         adapted: the model it trains (in one process, sites share the frozen base).
         tokens: its training records.
         aggregation: which tensors it trains and sends.
+        run_rank: the rank of the run's adapter, which this site's may be below (`secure_fedcollm.ranks`).
         budget: privacy plan and ledger, or the declaration that there is none.
         how: learning rate and physical batches.
         progress: where a person sees the steps.
@@ -125,6 +128,7 @@ class Site:
         adapted: AdaptedModel,
         tokens: TokenDataset,
         aggregation: Aggregation,
+        run_rank: int,
         budget: PrivateBudget | NonPrivate,
         how: LocalTraining,
         progress: RunProgress,
@@ -132,7 +136,8 @@ class Site:
         self.name = contributor.name
         self._key, self._contributor, self._guard = key, contributor, guard
         self._run_id, self._adapted, self._tokens, self._how = run_id, adapted, tokens, how
-        self._spec = adapted.shared_spec(aggregation)
+        self._spec, self._run_rank = adapted.shared_spec(aggregation), run_rank
+        self._rank = rank_in(adapted.spec)
         self._budget, self._progress = budget, progress
         self._open: str | None = None
         self._finished = True  # whether what the open reservation paid for was made
@@ -191,7 +196,10 @@ class Site:
         """
         plan = self._contributor.check(signed_plan)
         self._guard.check_round(plan)
-        adapter = (self._spec.digest, self._spec.dimension)
+        shared = with_rank(self._spec, self._run_rank)
+        adapter = (shared.digest, shared.dimension)
+        if (rank_of(plan, self.name) or self._run_rank) != self._rank:
+            raise ProtocolError(f"the round plan gives this site another rank than {self._rank}, the one it trains")
         if plan.run_id != self._run_id or (plan.spec_digest, plan.dimension) != adapter:
             raise ProtocolError("the round plan is for another run or another adapter")
         if isinstance(self._budget, PrivateBudget):
@@ -216,7 +224,8 @@ class Site:
             raise ProtocolError("the encryption key is not the one in the round plan")
         if vector_digest(request.adapter) != plan.adapter_digest:
             raise ProtocolError("the adapter is not the one in the round plan, which all sites start from")
-        self._adapted.write(request.adapter)
+        whole = with_rank(self._adapted.spec, self._run_rank)
+        self._adapted.write(narrowed(request.adapter, whole, self._rank))
         quantized = self._gradient(plan) if plan.release == "gradient" else self._update(plan)
         with self._progress.stage("encrypt", f"{self.name}: encrypt and mask {plan.dimension:,} parameters"):
             manifest = self._contributor.upload(quantized, context)
@@ -236,6 +245,9 @@ class Site:
     def _update(self, plan: RoundPlan) -> QuantizedUpdate:
         update = self._train(plan.server_round, plan.attempt)
         self._ran = update.ran
+        shared = with_rank(self._spec, self._run_rank)
+        vector = widened(update.vector, self._spec, self._run_rank)
+        update = replace(update, vector=vector, spec_digest=shared.digest)
         self._clipped_fraction = clipped_fraction(update, plan)
         return quantize(update, plan)
 

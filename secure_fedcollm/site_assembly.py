@@ -21,6 +21,7 @@ from fedcollm_privacy.roster import Roster
 from fedcollm_privacy.round_journal import RoundJournal
 from secure_fedcollm.models import AdaptedModel
 from secure_fedcollm.progress import RunProgress
+from secure_fedcollm.ranks import rank_in, with_rank
 from secure_fedcollm.records import Record
 from secure_fedcollm.site import NonPrivate, PrivateBudget, Site
 from secure_fedcollm.site_guard import SiteGuard
@@ -110,8 +111,8 @@ def plan_of(terms: RunTerms, units: int) -> DpPlan | None:
     )
 
 
-def require_adapter(terms: RunTerms, adapted: AdaptedModel) -> None:
-    """Return if the model here is the run's, with the run's adapter on it.
+def require_adapter(terms: RunTerms, adapted: AdaptedModel, site: str) -> None:
+    """Return if the model here is the run's, with the run's adapter of this site's rank on it.
 
     Raises:
         ProtocolError: it is another one.
@@ -121,11 +122,15 @@ def require_adapter(terms: RunTerms, adapted: AdaptedModel) -> None:
             f"the run trains the model {terms.base_model}; {adapted.name} is {adapted.spec.base_model}: ask for the "
             "folder or the revision that the run uses"
         )
-    spec = adapted.shared_spec(terms.adapter.aggregation)
+    spec = with_rank(adapted.shared_spec(terms.adapter.aggregation), terms.adapter.r)
     if (spec.digest, spec.dimension) != (terms.spec_digest, terms.dimension):
         raise ProtocolError(
             f"the run's adapter has {terms.dimension} values and the digest {terms.spec_digest}; here they give "
             f"{spec.dimension} and {spec.digest}: both sides need the same versions of this program and its libraries"
+        )
+    if rank_in(adapted.spec) != terms.adapter.rank_of(site):
+        raise ProtocolError(
+            f"the run gives site {site} the rank {terms.adapter.rank_of(site)}; here it is {rank_in(adapted.spec)}"
         )
 
 
@@ -188,7 +193,7 @@ def open_site(
         ProtocolError: another model or adapter, or the roster names another key.
         LedgerError: the journal cannot be used.
     """
-    require_adapter(terms, adapted)
+    require_adapter(terms, adapted, side.key.name)
     federation, demands = terms.federation, side.guard.policy.opening
     budget: PrivateBudget | NonPrivate = NonPrivate(
         steps=federation.local_steps,
@@ -220,6 +225,7 @@ def open_site(
         adapted=adapted,
         tokens=tokens,
         aggregation=terms.adapter.aggregation,
+        run_rank=terms.adapter.r,
         budget=budget,
         how=LocalTraining(learning_rate=federation.learning_rate, batch_tokens=federation.batch_tokens),
         progress=side.progress,

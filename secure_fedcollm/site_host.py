@@ -267,7 +267,7 @@ class SiteHost:
 
     def _loaded(self, terms: RunTerms) -> AdaptedModel:
         """The model with the run's adapter; the one at hand if it is the same."""
-        wanted = (terms.dtype, terms.adapter)
+        wanted, rank = (terms.dtype, terms.adapter), terms.adapter.rank_of(self.name)
         if self._model is None or self._model[0] != wanted:
             self._model = None  # before the next one takes its memory
             with self._progress.stage("load", f"{self.name}: load {self._settings.model}"):
@@ -275,8 +275,8 @@ class SiteHost:
                     self._settings.model,
                     dtype=terms.dtype,
                     device=self._settings.device,
-                    r=terms.adapter.r,
-                    lora_alpha=terms.adapter.lora_alpha,
+                    r=rank,
+                    lora_alpha=terms.adapter.lora_alpha * rank / terms.adapter.r,
                     lora_dropout=terms.adapter.lora_dropout,
                     target_modules=terms.adapter.target_modules,
                     seed=terms.seed,
@@ -284,7 +284,7 @@ class SiteHost:
                 )
             use_fitting_threads(adapted, adapted)
             self._model = (wanted, adapted)
-        require_adapter(terms, self._model[1])
+        require_adapter(terms, self._model[1], self.name)
         return self._model[1]
 
     def _opened(self, run: _Run, adapted: AdaptedModel) -> OpenSite:

@@ -72,6 +72,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(path, value, "a list")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(path, value, "a mapping")
+        return {
+            _convert(args[0], key, f"{path} (a key)"): _convert(args[1], item, f"{path}.{key}")
+            for key, item in value.items()
+        }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

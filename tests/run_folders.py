@@ -145,6 +145,7 @@ def build(
     earlier: Sequence[float] = (),
     caps: Sequence[Line] | None = None,
     plan_changes: Line | None = None,
+    terms_changes: Line | None = None,
     governed: bool = False,
     declared: str = "synthetic",
     on_entry: Callable[[Line], Line | None] = lambda entry: entry,
@@ -167,6 +168,7 @@ def build(
         earlier: for each earlier run on the same data, how many days before this one it was.
         caps: of every PLAN; by default twice the charge of all runs.
         plan_changes: to every site's plan.
+        terms_changes: to every round's plan.
         governed: the roster is signed by the key of ``governance``.
         declared: of the data.
         on_entry: sees every ledger entry before it is chained and signed; gives what is written, or None.
@@ -214,7 +216,7 @@ def build(
             "nonce": sha(["nonce", number])[:32], "expires_at": 1_900_000_000,
             "dp": {name: one[name] for name in dp_names} if private else None,
             "release": one["release"], "noise_multiplier": one["noise_multiplier"] if distributed else 0,
-            "least_honest": one["least_honest"],
+            "least_honest": one["least_honest"], **(terms_changes or {}),
         }  # fmt: skip
 
     run = _Run(built=built, on_event=on_event, plans=plans, roster=sha(roster), terms_of=terms_of)

@@ -93,6 +93,7 @@ def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Ca
             adapted=adapted,
             tokens=tiny_tokens,
             aggregation="factor_average",
+            run_rank=4,
             budget=PrivateBudget(plan=plan, ledger=ledger),
             how=LocalTraining(learning_rate=0.1, batch_tokens=64),
             progress=RunProgress(quiet=True),

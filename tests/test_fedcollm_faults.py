@@ -100,7 +100,9 @@ def settings(aggregation: Any = "rebase", **distil: Any) -> Config:
             max_length=64,
         ),
         model=ModelConfig(slm=None, llm=None, dtype="float32", activation_checkpointing=False, llm_device_map=None),
-        adapter=AdapterConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=None, aggregation=aggregation),
+        adapter=AdapterConfig(
+            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=None, site_ranks=None, aggregation=aggregation
+        ),
         privacy=None,
         federation=FederationConfig(
             round_time_limit_s=3600,
@@ -197,6 +199,7 @@ def laboratory(
                     adapted=load_tiny("llama"),
                     tokens=parts[name],
                     aggregation=config.adapter.aggregation,
+                    run_rank=config.adapter.r,
                     budget=budget(name) if budget else NonPrivate(steps=LOCAL_STEPS, batch_size=4, seed=number),
                     how=HOW,
                     progress=progress,

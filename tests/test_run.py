@@ -21,6 +21,7 @@ from fedcollm_privacy.errors import BudgetExceeded, ConfigError, FedCollmError
 from fedcollm_privacy.identity import PublicIdentity
 from fedcollm_privacy.ledger_file import LedgerFile
 from fedcollm_privacy.messages import OpenedSum
+from secure_fedcollm import server as server_module
 from secure_fedcollm import site as site_module
 from secure_fedcollm.cli import compose_config
 from secure_fedcollm.config import Config
@@ -31,6 +32,7 @@ from secure_fedcollm.progress import RunProgress
 from secure_fedcollm.run import run_embedded
 from secure_fedcollm.strict_build import build
 
+from .audit_answers import failing
 from .site_policies import write_policies
 from .tiny_deployment import WORDS
 
@@ -167,6 +169,50 @@ def test_the_encrypted_sum_is_the_plain_integer_sum_in_every_round(
         assert np.any(plain != 0)
         np.testing.assert_array_equal(result.total, plain)
         assert len(result.cohort) == sites
+
+
+def test_sites_of_two_ranks_are_one_sum_and_every_component_has_the_mean_of_the_sites_that_fill_it(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Against the mean of what the sites say their updates are, component by component."""
+    grids: list[tuple[int, np.ndarray]] = []
+    means: list[np.ndarray] = []
+    steps: list[float] = []
+    quantize, apply = site_module.quantize, server_module.Server.apply
+
+    def recording_quantize(update: Any, plan: Any) -> Any:
+        result = quantize(update, plan)
+        grids.append((plan.server_round, result.grid))
+        return result
+
+    def recording_apply(self: Any, adapter: Any, adam: Any, opened: OpenedSum) -> Any:
+        self._slm.write(adapter)
+        before = self._slm.read(self._spec)
+        result = apply(self, adapter, adam, opened)
+        means.append(self._slm.read(self._spec) - before)
+        steps.append(opened.plan.grid_step)
+        return result
+
+    monkeypatch.setattr(site_module, "quantize", recording_quantize)
+    monkeypatch.setattr(server_module.Server, "apply", recording_apply)
+    launch("adapter.r=3", "adapter.site_ranks={s01: 1, s04: 2}", sites=5)
+    assert failing(tmp_path / "out") == set()
+    events = [json.loads(line) for line in (tmp_path / "out" / "transcript.jsonl").read_text().splitlines()]
+    terms = [event["terms"] for event in events if event["event"] == "plan"]
+    assert [(t["narrow_sites"], t["narrow_ranks"]) for t in terms] == [(["s01", "s04"], [1, 2])] * 2
+    assert len(means) == 2
+    for number, (mean, step) in enumerate(zip(means, steps, strict=True), start=1):
+        # All tensors that travel are B [out, 3]: a coordinate's component is its place modulo 3.
+        sent = np.array([grid for server_round, grid in grids if server_round == number]).reshape(5, -1, 3) * step
+        assert [[bool(site[:, c].any()) for c in range(3)] for site in sent] == [
+            [True, True, True],
+            [True, False, False],
+            [True, True, True],
+            [True, True, True],
+            [True, True, False],
+        ]
+        want = sent.sum(0) / np.array([5, 4, 3])
+        np.testing.assert_allclose(mean.reshape(-1, 3), want, atol=1e-7)
 
 
 def test_a_sum_beyond_its_norm_changes_no_model_and_the_budget_stays_spent(launch: Launch, tmp_path: Path) -> None:

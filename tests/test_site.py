@@ -83,6 +83,7 @@ def make(adapted: AdaptedModel, tiny_tokens: TokenDataset, tmp_path: Path) -> Ca
             "adapted": adapted,
             "tokens": tiny_tokens,
             "aggregation": "rebase",
+            "run_rank": 4,
             "budget": PrivateBudget(plan=DP_PLAN, ledger=ledger),
             "how": LocalTraining(learning_rate=learning_rate, batch_tokens=64),
             "progress": RunProgress(quiet=True),
@@ -166,6 +167,7 @@ def refused(site: Site, body: bytes, operation: str = "train") -> SiteFailed:
         {"expires_at": NOW},
         {"dp": None},
         {"dp": dataclasses.replace(DP_PLAN.terms, max_grad_norm=2.0)},
+        {"narrow_sites": ("north",), "narrow_ranks": (2,)},
     ],
     ids=lambda changes: "-".join(changes),
 )

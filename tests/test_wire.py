@@ -81,6 +81,7 @@ def plans(draw: st.DrawFn) -> RoundPlan:
     colluding = draw(st.integers(0, sites - 2))
     least = draw(st.integers(max(3, colluding + 2), sites))
     release = draw(st.sampled_from(("update", "gradient")))
+    narrow = draw(NAMES) if release == "update" else ()
     return RoundPlan(
         run_id=draw(NAME),
         server_round=draw(st.integers(1, 2**40)),
@@ -104,6 +105,8 @@ def plans(draw: st.DrawFn) -> RoundPlan:
         release=release,
         noise_multiplier=draw(st.floats(0, 99)),
         least_honest=draw(st.integers(1, least - colluding)),
+        narrow_sites=narrow,
+        narrow_ranks=tuple(draw(st.integers(1, 2**40)) for _ in narrow),
     )
 
 
@@ -260,7 +263,7 @@ def signed(data: bytes) -> bytes:
 
 
 def with_header(header: bytes, kind: int = 6, rest: bytes = b"") -> bytes:
-    prefix = struct.pack("<4sHHQ", b"FCLM", 3, kind, 0)
+    prefix = struct.pack("<4sHHQ", b"FCLM", 4, kind, 0)
     return signed(prefix + struct.pack("<I", len(header)) + header + rest + bytes(32))
 
 
@@ -284,7 +287,7 @@ def test_layout_is_the_documented_one() -> None:
     content = struct.pack("<I", len(header)) + header + struct.pack("<I", 3)
     for chunk in part().chunks:
         content += struct.pack("<Q", len(chunk)) + chunk
-    body = b"FCLM" + struct.pack("<HHQ", 3, 16, 16 + len(content) + 32) + content
+    body = b"FCLM" + struct.pack("<HHQ", 4, 16, 16 + len(content) + 32) + content
     assert wire.encode(part()) == body + hashlib.sha256(body).digest()
 
 
@@ -385,11 +388,11 @@ def test_messages_of_equal_form_are_told_apart_by_their_kind() -> None:
                     wire.decode(wire.encode(message), other)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 4, 2**16 - 1])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 5, 2**16 - 1])
 def test_an_older_or_newer_format_version_is_refused(version: int) -> None:
     raw = bytearray(wire.encode(part()))
     struct.pack_into("<H", raw, 4, version)
-    with pytest.raises(ProtocolError, match="version 3"):
+    with pytest.raises(ProtocolError, match="version 4"):
         wire.decode(signed(bytes(raw)), UploadPart)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from fedcollm_audits import shapes, signatures, strict_json
@@ -127,6 +127,8 @@ def _plan_problems(evidence: Evidence, event: Mapping[str, Any]) -> Iterator[str
         yield f"the plan allows sums of {terms['min_contributors']} sites while {c} may work with the server"
     if terms["least_honest"] > max(1, terms["min_contributors"] - c):
         yield f"a sum may hold the noise of fewer honest sites than the {terms['least_honest']} that are counted"
+    if len(terms.get("narrow_sites", ())) != len(terms.get("narrow_ranks", ())):
+        yield "it does not give one rank for each site of lower rank"
     roster = evidence.rosters.get(terms["roster_digest"])
     if roster is None:
         yield f"its roster {terms['roster_digest'][:16]} does not lie here"
@@ -175,6 +177,10 @@ def _opening_problems(
     lowest = max(_SMALLEST_SUM, plan["min_contributors"])
     if not lowest <= len(cohort) <= plan["max_contributors"]:
         yield f"a sum of {len(cohort)} sites was opened, allowed are {lowest} to {plan['max_contributors']}"
+    ranks = dict(zip(plan.get("narrow_sites", ()), plan.get("narrow_ranks", ()), strict=False))
+    widest = [site for site in cohort if site not in ranks] or _highest(cohort, ranks)
+    if len(widest) < lowest:
+        yield f"parts of the sum hold the updates of only {len(widest)} sites, of the highest rank"
     if agreed is None:
         yield "no agreement of the sites stands before the opening"
         return
@@ -182,6 +188,11 @@ def _opening_problems(
         yield "another set of sites was opened than was agreed on"
     if len(agreed["signatures"]) < plan["threshold"]:
         yield f"{len(agreed['signatures'])} sites signed the set, needed are {plan['threshold']}"
+
+
+def _highest(cohort: Sequence[str], ranks: Mapping[str, int]) -> list[str]:
+    most = max((ranks[site] for site in cohort), default=0)
+    return [site for site in cohort if ranks[site] == most]
 
 
 CHECKS: tuple[Check, ...] = (

@@ -208,7 +208,8 @@ TERMS = _object(
         "threshold": COUNT, "max_colluding": ROUND, "roster_digest": HEX, "ckks": _CKKS, "key_digest": HEX,
         "max_mean_norm": CHARGE, "nonce": _pattern("[0-9a-f]{8,128}", "hex digits"), "expires_at": COUNT,
         "dp": _nullable(_DP), "release": _word("update", "gradient"), "noise_multiplier": CHARGE, "least_honest": COUNT,
-    }
+    },
+    optional={"narrow_sites": _list(NAME), "narrow_ranks": _list(COUNT)},
 )  # fmt: skip
 _SITES = _list(NAME)
 _SET = _object(

@@ -28,6 +28,7 @@ from fedcollm_privacy.errors import ProtocolError
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.messages import QuantizedUpdate, RoundPlan
 from fedcollm_privacy.peer_shares import Held, RoundKeys, View, mask_terms, open_share, seal_shares
+from fedcollm_privacy.ranks import exposed_sites
 from fedcollm_privacy.roster import Roster
 from fedcollm_privacy.round_journal import RoundJournal
 from fedcollm_privacy.sealing import seal
@@ -288,7 +289,8 @@ class Contributor:
 
         Raises:
             ProtocolError: the set is of another view, holds another upload of this site or none, or fewer than t or k
-                sites; or this site has signed another set.
+                sites, or so few of high rank that a part of the sum holds fewer than k; or this site has signed another
+                set.
         """
         state = self._uploaded(request.plan_digest)
         if request.keys_digest != state.view.digest or request.sharers != state.manifest.peers:
@@ -297,6 +299,8 @@ class Contributor:
         if digests.get(self.name) != state.manifest.digest:
             raise ProtocolError("this site's upload is missing from the survivor set, or another one stands there")
         self._require_enough(state.plan, len(request.survivors), "survivors")
+        if exposed := exposed_sites(state.plan, request.survivors):
+            raise ProtocolError(f"too few survivors have ranks as high as site {exposed[0]}; its update would be seen")
         self._journal.sign(state.plan, request.digest)
         self._state = _Agreed(plan=state.plan, uploaded=state, survivors=request)
         agreement = Agreement(plan_digest=state.plan.digest, site=self.name, survivors_digest=request.digest)

@@ -12,6 +12,7 @@ from fedcollm_privacy.ckks import CkksParameters, PublicContext
 from fedcollm_privacy.ckks_secret import SecretKey, decrypt_sum, generate
 from fedcollm_privacy.errors import InvalidValue, OpeningRefused, ProtocolError
 from fedcollm_privacy.messages import OpenedSum, RoundPlan, SealedSum
+from fedcollm_privacy.ranks import exposed_sites
 from fedcollm_privacy.roster import Roster
 from fedcollm_privacy.secure_sum_messages import Agreement, SurvivorSet, verify
 from fedcollm_privacy.wire import decode
@@ -87,4 +88,6 @@ class Decryptor:
             agreed.add(agreement.site)
         needed = max(plan.threshold, plan.min_contributors)
         if not lowest <= len(survivors.survivors) <= plan.max_contributors or len(agreed) < needed:
+            raise OpeningRefused
+        if exposed_sites(plan, survivors.survivors):
             raise OpeningRefused

@@ -74,6 +74,16 @@ def vector_digest(vector: Float32) -> str:
     return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).hexdigest()
 
 
+def _check_ranks(plan: RoundPlan) -> None:
+    _validate.public_name(**{f"narrow_sites[{i}]": name for i, name in enumerate(plan.narrow_sites)})
+    _validate.in_range(1, 2**53 - 1, **{f"narrow_ranks[{i}]": rank for i, rank in enumerate(plan.narrow_ranks)})
+    names = list(plan.narrow_sites)
+    if names != sorted(set(names)) or len(names) != len(plan.narrow_ranks):
+        raise InvalidValue("narrow_sites", f"{len(names)} names", "each once, in order, with one rank each")
+    if names and plan.release != "update":
+        raise InvalidValue("narrow_sites", f"{len(names)} names", "none where sites release gradients")
+
+
 def _frozen(array: NDArray[Any], dtype: type[np.generic], field: str) -> NDArray[Any]:
     if array.dtype != dtype or array.ndim != 1:
         raise InvalidValue(field, f"{array.dtype}{list(array.shape)}", f"a vector of {np.dtype(dtype).name}")
@@ -159,6 +169,8 @@ class RoundPlan:
         release: ``update``, or ``gradient``: each site sends the noisy gradient of one step.
         noise_multiplier: with ``gradient``, sigma of every site's plan; 0 otherwise.
         least_honest: with ``gradient``, the h of every site's plan; 1 otherwise.
+        narrow_sites: sites whose adapter has a lower rank than the plan's, in order (`fedcollm_privacy.ranks`).
+        narrow_ranks: their ranks.
     """
 
     run_id: str
@@ -183,10 +195,13 @@ class RoundPlan:
     release: str = "update"
     noise_multiplier: float = 0.0
     least_honest: int = 1
+    narrow_sites: tuple[str, ...] = ()
+    narrow_ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _validate.public_name(run_id=self.run_id)
         _validate.one_of(("update", "gradient"), release=self.release)
+        _check_ranks(self)
         _validate.at_least(0, noise_multiplier=self.noise_multiplier, max_mean_norm=self.max_mean_norm)
         counts = ("least_honest", "server_round", "attempt", "dimension", "expires_at")
         _validate.integer_at_least(1, **{name: getattr(self, name) for name in counts})

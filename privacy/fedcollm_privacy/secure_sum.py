@@ -24,6 +24,7 @@ from fedcollm_privacy.errors import OpeningRefused, ProtocolError, RoundLost, Up
 from fedcollm_privacy.identity import SigningKey
 from fedcollm_privacy.masks import MaskSum, subtract_mod
 from fedcollm_privacy.messages import OpenedSum, RoundPlan, SealedSum
+from fedcollm_privacy.ranks import exposed_sites
 from fedcollm_privacy.roster import Roster
 from fedcollm_privacy.secure_sum_messages import (
     PART_CHUNKS,
@@ -157,7 +158,11 @@ class MaskedSum:
         sharing, self._sharing = self._sharing, None
         plan = sharing.enrolled.plan
         try:
-            surviving = Surviving.of(sharing, self._add(sharing, uploads))
+            added = self._add(sharing, uploads)
+            if exposed := exposed_sites(plan, added):
+                self._rejected |= dict.fromkeys(exposed, "too few sites of its rank")
+                added = self._added_again(plan, {site: m for site, m in added.items() if site not in exposed})
+            surviving = Surviving.of(sharing, added)
             survivors = surviving.survivors
             answers = self._ask("agree", survivors.survivors, encode(survivors))
             agreed = coordinator.agree(surviving, answers)

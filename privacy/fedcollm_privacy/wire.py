@@ -110,7 +110,7 @@ _BINARY: dict[type[Any], dict[str, Any]] = {
     for kind, hints in _HINTS.items()
 }
 
-_MAGIC, _VERSION = b"FCLM", 3
+_MAGIC, _VERSION = b"FCLM", 4
 _PREFIX = struct.Struct("<4sHHQ")
 _LENGTH, _COUNT = struct.Struct("<Q"), struct.Struct("<I")
 _DIGEST_BYTES = 32
