@@ -48,7 +48,14 @@ def entries_of(ledger: Path) -> list[dict[str, Any]]:
         return []
 
 
-@pytest.mark.parametrize("moment", ["while a site trains", "after the sum was opened", "after the round was settled"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "while a site trains",
+        "after the sum was opened",
+        pytest.param("after the round was settled", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
