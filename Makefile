@@ -26,11 +26,13 @@ namespaces: .venv/.installed
 	$(BIN)/python -m tests.namespaces
 
 # docs/results.md: make study DATA=medquad.jsonl SLM=<folder> LLM=<folder>; it goes on where it was cut.
+# docs/results_e2e.md: make study SUBJECT=e2e DATA=<folder of the E2E data set> SLM=<folder> LLM=<folder>
+SUBJECT ?= medquad
 study: .venv/.installed
-	$(BIN)/python benchmarks/study.py --data $(DATA) --slm $(SLM) --llm $(LLM)
+	$(BIN)/python benchmarks/study.py --subject $(SUBJECT) --data $(DATA) --slm $(SLM) --llm $(LLM)
 
 study-quick: .venv/.installed
-	$(BIN)/python benchmarks/study.py --quick --data $(DATA) --slm $(SLM) --llm $(LLM)
+	$(BIN)/python benchmarks/study.py --quick --subject $(SUBJECT) --data $(DATA) --slm $(SLM) --llm $(LLM)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -47,6 +49,7 @@ bench: .venv/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/engine.py
 	PYTHONPATH=. $(BIN)/python benchmarks/kill_matrix.py
 	PYTHONPATH=. $(BIN)/python benchmarks/soak.py
+	PYTHONPATH=. $(BIN)/python benchmarks/large_adapter.py
 	$(if $(DATA),$(BIN)/python benchmarks/medquad.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 	$(if $(DATA),$(BIN)/python benchmarks/dp_loss.py --data $(DATA) --slm $(SLM) --llm $(LLM))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pandas
 import pytest
 from scipy import stats
 
@@ -24,7 +26,9 @@ def study() -> ModuleType:
     if spec is None or spec.loader is None:
         raise FileNotFoundError("benchmarks/study.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as here:
+        here.setitem(sys.modules, "study", module)  # where dataclasses look for its names
+        spec.loader.exec_module(module)
     return module
 
 
@@ -81,7 +85,7 @@ def test_the_page_has_every_finished_setting_and_finds_changes_beside_their_base
         setting("fedavg_public", "null", [1.0, 1.2, 1.1]),
         setting("zero_shot", "null", [0.0, 0.0, 0.0]),
     ]
-    arguments = argparse.Namespace(jobs=2, slm=tmp_path / "small", llm=tmp_path / "large")
+    arguments = argparse.Namespace(jobs=2, subject="medquad", slm=tmp_path / "small", llm=tmp_path / "large")
     page = study.page(study.Study(settings), arguments)
     assert "| fedcollm | +2.100 ± 0.248 | +1.900 ± 0.248 |" in page
     assert "fedcollm − fedavg_public | +1.000 ± 0.000 helps | - |" in page
@@ -95,11 +99,26 @@ def test_the_page_has_every_finished_setting_and_finds_changes_beside_their_base
 
 
 def test_the_quick_form_is_eight_runs_and_the_whole_one_every_method_and_budget(study: ModuleType) -> None:
-    (quick,) = study.grids("seed=0,1", quick=True)
+    (quick,) = study.grids("seed=0,1", quick=True, settings=True)
     assert [len(word.partition("=")[2].split(",")) for word in quick[:3]] == [2, 2, 2]
-    words = " ".join(word for grid in study.grids("seed=0", quick=False) for word in grid)
+    words = " ".join(word for grid in study.grids("seed=0", quick=False, settings=True) for word in grid)
+    assert len(study.grids("seed=0", quick=False, settings=False)) == 5
     for name in (*study.FEDERATED, *study.UNFEDERATED, *study.LEVELS):
         assert name in words
+
+
+def test_places_of_the_e2e_set_are_public_or_private_with_all_their_descriptions(
+    study: ModuleType, shared_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    paths = [Path(word.partition("=")[2]) for word in study.e2e_files(shared_data("e2e_nlg"), tmp_path / "data")]
+    private, public = ([json.loads(line) for line in path.read_text().splitlines()] for path in paths)
+    tables = [pandas.read_csv(shared_data("e2e_nlg") / name) for name in ("devset.csv", "testset_w_refs.csv")]
+    given = sorted(zip(*(pandas.concat(tables)[name] for name in ("mr", "ref")), strict=True))
+    assert sorted((row["mr"], row["ref"]) for row in private + public) == given
+    assert not {row["mr"] for row in private} & {row["mr"] for row in public}
+    assert {row["type"] for row in private} == {"pub", "restaurant", "coffee_shop", "unnamed"}
+    for row in private + public:
+        assert f"eatType[{row['type'].replace('_', ' ')}]" in row["mr"] or "eatType" not in row["mr"]
 
 
 @pytest.mark.parametrize(("missing", "code", "words"), [(True, 2, "--slm"), (False, 1, "no run in")])
