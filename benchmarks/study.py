@@ -68,6 +68,8 @@ LIFTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fedcollm", ("distillation.warm_start_steps=15",)),
     ("fedcollm", ("distillation.steps=19",)),  # as many steps on public text, none of them first
 )
+# What lifted most, together: eight times the work at every site, for the same epsilon.
+TOGETHER = ("federation.rounds=8", "federation.batch_size=256", "privacy.expected_batch_size=256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ def grids(seeds: str, quick: bool, settings: bool) -> list[list[str]]:
         [second, "privacy.epsilon=null,3", seeds],
         [f"method={','.join(UNFEDERATED)}", "privacy.epsilon=null", seeds],
         *([*lift, f"method={method}", "privacy.epsilon=3", seeds] for method, lift in LIFTS if settings),
+        *([[*TOGETHER, "method=fedavg", "privacy.epsilon=null,8,3", seeds]] if settings else []),
         [first, "privacy.epsilon=8,1", seeds],
         [second, "privacy.epsilon=8,1", seeds],
         *([*change, "method=fedcollm", "privacy.epsilon=null", seeds] for change in CHANGES if settings),
@@ -165,7 +168,9 @@ class Study:
 
     def __init__(self, settings: Sequence[Setting]) -> None:
         self.settings = settings
-        fields = {word.partition("=")[0] for change in (*CHANGES, *(lift for _, lift in LIFTS)) for word in change}
+        fields = {
+            word.partition("=")[0] for change in (*CHANGES, *(lift for _, lift in LIFTS), TOGETHER) for word in change
+        }
         own = [s for s in settings if s.values["method"] == "fedcollm"]
         known = {field: [s.values.get(field, "") for s in own] for field in fields}
         # The base is what most of FedCoLLM's settings have; other methods set some of these fields themselves.
@@ -180,7 +185,8 @@ class Study:
             if level == "null":  # what only DP needs is not set without it
                 own |= {field for field in self.base if field.startswith("privacy.")}
             wanted |= {f: text for f, text in self.base.items() if f not in own}
-            wanted |= dict(word.split("=", 1) for word in change)
+            said = dict(word.split("=", 1) for word in change)
+            wanted |= {f: text for f, text in said.items() if level != "null" or not f.startswith("privacy.")}
         found = (s for s in self.settings if all(s.values.get(field, "") == text for field, text in wanted.items()))
         return next(found, None)
 
@@ -277,6 +283,16 @@ def tables(study: Study) -> dict[str, str]:
         if value is not None:
             rows.append((method, " ".join(lift), f"{text(value)} {shown(value)}"))
     found["What lifts learning at ε = 3"] = table(("method", "instead of the experiment's", "SLM"), rows)
+    rows = []
+    for change in ((), TOGETHER):
+        gains = [study.find("fedavg", level, change) for level in ("null", "8", "3")]
+        if any(gains):
+            left = [text(kept(gain, gains[0]), percent=True) for gain in gains[1:]]
+            cells = [text(None if gain is None else gain.of("slm_gain")) for gain in gains]
+            rows.append((" ".join(change) or "the experiment's", *cells, *left))
+    if len(rows) > 1:
+        head = ("FedAvg with", "no DP", "ε = 8", "ε = 3", "kept at 8", "kept at 3")
+        found["The lifts together"] = table(head, rows)
     return found
 
 
