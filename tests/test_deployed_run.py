@@ -93,6 +93,24 @@ def test_a_deployed_run_gives_the_embedded_runs_adapters_digest_for_digest(
     assert (served.deployed, served.ledgers, served.plans, served.federation.sites) == (True, {}, {}, ())
 
 
+def test_sites_of_a_lower_rank_load_it_from_the_offer_and_do_what_they_do_in_one_process(
+    federation: Federation, machines: Machines
+) -> None:
+    ranks = "adapter.site_ranks={s00: 1, s01: 1, s02: 1}"
+    plain = federation.plain_embedded(ranks)
+    config = build(Config, plain)
+    folder = RunFolder.create(str(federation.root / "embedded"), config.name, plain)
+    pair = (assemble(config, folder, RunProgress(quiet=True)), federation.serve(machines, ranks))
+    try:
+        results = [play(parts, parts.start, 1) for parts in pair]
+    finally:
+        for parts in pair:
+            parts.federation.secure_sum.close()
+    assert [result.cohort for result in results] == [SITES, SITES]
+    assert adapter_digests(results[0].state) == adapter_digests(results[1].state)
+    assert {host._model[1].spec.shapes[0][0] for host in machines.hosts.values() if host._model} == {1}
+
+
 def test_a_restarted_site_takes_part_in_the_next_round_and_is_charged_once(
     federation: Federation, machines: Machines, served: Assembly
 ) -> None:
