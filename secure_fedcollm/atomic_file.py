@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_atomically"]
+__all__ = ["sync_files", "sync_folder", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
@@ -22,6 +22,14 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Have the files that a library wrote into a folder outlive a power cut."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -156,6 +156,19 @@ class RunFolder:
         """Forget the opened sum: its round is over."""
         (self.path / "opened.safetensors").unlink(missing_ok=True)
 
+    def keep_payload(self, payload: bytes) -> None:
+        """Put the statement's payload on disk before any site notes it: a run that is cut offers the same again."""
+        write_atomically(self.path / "statement.payload", payload)
+
+    def kept_payload(self) -> bytes | None:
+        """The payload that a run which was cut has offered to its sites already."""
+        path = self.path / "statement.payload"
+        return path.read_bytes() if path.exists() else None
+
+    def drop_payload(self) -> None:
+        """Forget the payload: it stands in the signed statement."""
+        (self.path / "statement.payload").unlink(missing_ok=True)
+
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of ``metrics.jsonl``."""
         path = self.path / "metrics.jsonl"

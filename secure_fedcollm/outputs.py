@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcollm_privacy.ckks_parameters import parameters_for
+from fedcollm_privacy.dsse import Envelope
 from secure_fedcollm import statement
 from secure_fedcollm.assembly import Assembly
-from secure_fedcollm.atomic_file import write_atomically
+from secure_fedcollm.atomic_file import sync_files, write_atomically
 from secure_fedcollm.claims import Claims, gather
 from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.models import AdaptedModel
@@ -46,16 +47,29 @@ def read_summary(folder: RunFolder) -> dict[str, Any]:
 def write(parts: Assembly, folder: RunFolder, state: State, closing: Closing, seconds: Mapping[str, float]) -> None:
     """Write every output but the report; the summary comes last.
 
+    What sites were asked to sign before the run was cut is what they are asked to sign again: each notes one statement.
+
     Raises:
         FedCollmError: no site of a private run says what its ledger was charged; the run can be resumed.
     """
-    claims = gather(parts, folder)
-    final = {"slm": released(state, parts, "slm"), "llm": released(state, parts, "llm")}
-    for name, adapted in (("slm", parts.slm), ("llm", parts.llm)):
-        adapted.write(final[name])
-        adapted.save(folder.path / f"{name}_adapter")
-    signed = statement.sign(parts, folder, statement.compose(parts, folder, final, claims))
-    write_atomically(folder.path / "statement.json", signed.to_bytes())
+    path = folder.path / "statement.json"
+    signed = Envelope.from_bytes(path.read_bytes()) if path.exists() else None
+    payload = folder.kept_payload() if signed is None else signed.payload
+    if payload is not None:
+        claims = statement.claims_of(payload)
+    else:
+        claims = gather(parts, folder)
+        final = {"slm": released(state, parts, "slm"), "llm": released(state, parts, "llm")}
+        for name, adapted in (("slm", parts.slm), ("llm", parts.llm)):
+            adapted.write(final[name])
+            adapted.save(folder.path / f"{name}_adapter")
+            sync_files(folder.path / f"{name}_adapter")
+        payload = statement.compose(parts, folder, final, claims)
+        folder.keep_payload(payload)
+    if signed is None:
+        signed = statement.sign(parts, folder, payload)
+        write_atomically(path, signed.to_bytes())
+    folder.drop_payload()
     write_atomically(folder.path / "statement.html", statement.page(parts, signed).encode())
     for name, adapted in (("slm", parts.slm), ("llm", parts.llm)):
         card = statement.model_card(name, adapted.name, signed.payload)

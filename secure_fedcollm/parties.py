@@ -7,7 +7,7 @@ sites on machines of their own, and ledgers and transcript can be checked by oth
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Parties:
 
     @staticmethod
     def of(config: Config, folder: RunFolder, names: tuple[str, ...]) -> Parties:
-        """The parties of a run; puts their roster into its folder where sums are opened."""
+        """The parties of a run; puts their roster into its folder. A run that goes on keeps the roster it has."""
         server, sites = identity_of("server"), {name: identity_of(name) for name in sorted(names)}
         # A roster has three sites at least; the baselines without exchange may have fewer, and use none of it.
         listed = dict(sites)
@@ -69,6 +69,10 @@ class Parties:
             sites=tuple(listed[name].public for name in sorted(listed)),
             valid_until=int(time.time() + _TEN_YEARS.total_seconds()),
         )
+        for path in sorted((folder.path / "rosters").glob("*.json")):
+            known = Roster.from_bytes(path.read_bytes())
+            if replace(known, valid_until=roster.valid_until) == roster and known.valid_until > time.time():
+                return Parties(server=server, sites=sites, roster=known)
         (folder.path / "rosters").mkdir(exist_ok=True)
         write_atomically(folder.path / "rosters" / f"{roster.digest[:16]}.json", roster.to_bytes())
         return Parties(server=server, sites=sites, roster=roster)

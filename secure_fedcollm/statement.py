@@ -30,7 +30,7 @@ from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.promise import promise
 from secure_fedcollm.statement_page import render_statement
 
-__all__ = ["PREDICATE_TYPE", "compose", "model_card", "page", "sign", "versions"]
+__all__ = ["PREDICATE_TYPE", "claims_of", "compose", "model_card", "page", "sign", "versions"]
 
 Float32 = NDArray[np.float32]
 PREDICATE_TYPE = "urn:secure-fedcollm:privacy-statement:1"
@@ -73,7 +73,8 @@ def compose(parts: Assembly, folder: RunFolder, adapters: Mapping[str, Float32],
 def sign(parts: Assembly, folder: RunFolder, payload: bytes) -> Envelope:
     """The payload in its envelope, signed by the server and by every site that finds its own ledger in it.
 
-    A site that does not sign is missing in the envelope, and any audit says so.
+    A site that does not sign is missing in the envelope, and any audit says so. A run that was cut here signs the same
+    payload again when it is resumed.
     """
     digest = hashlib.sha256(payload).hexdigest()
     federation, roster = parts.federation, parts.roster
@@ -87,11 +88,18 @@ def sign(parts: Assembly, folder: RunFolder, payload: bytes) -> Envelope:
         except ProtocolError:
             continue
         signatures.append(Signature(keyid=site.public_key.hex(), signature=endorsement.signature))
-    federation.transcript.record("statement", statement=digest)
+    if not federation.transcript.names_statement(digest):
+        federation.transcript.record("statement", statement=digest)
     if federation.heads is not None:  # so that the sites' notes of the statement are counter-signed too
         last = parts.config.federation.rounds
         federation.heads.exchange(federation.transport, federation.transcript, run_id=folder.run_id, server_round=last)
     return Envelope(payload_type=PAYLOAD_TYPE, payload=payload, signatures=tuple(signatures))
+
+
+def claims_of(payload: bytes) -> Claims:
+    """What a payload says of the sites."""
+    predicate = json.loads(payload)["predicate"]
+    return Claims(stated=predicate.get("sites", {}), unstated=tuple(predicate.get("unstated", ())))
 
 
 def page(parts: Assembly, signed: Envelope) -> str:

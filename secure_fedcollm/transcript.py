@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Transcript:
         self._path = path
         self._seq, self._head = 0, "0" * 64
         self._attempts: Counter[int] = Counter()
+        self._statements: set[str] = set()
         path.touch()
         good = 0
         for line in path.read_bytes().splitlines(keepends=True):
@@ -39,7 +41,7 @@ class Transcript:
             if entry["previous"] != self._head or hashlib.sha256(canonical_json(entry)).hexdigest() != digest:
                 raise ProtocolError(f"{path}, line {self._seq + 1}: the transcript was altered")
             self._seq, self._head = entry["seq"], digest
-            self._attempts[entry.get("server_round", 0)] += entry["event"] == "plan"
+            self._count(entry["event"], entry)
             good += len(line)
         if good < path.stat().st_size:
             os.truncate(path, good)
@@ -58,6 +60,10 @@ class Transcript:
         """How often a round was planned so far, crashes included."""
         return self._attempts[server_round]
 
+    def names_statement(self, digest: str) -> bool:
+        """Whether the statement with this digest was signed already."""
+        return digest in self._statements
+
     def record(self, event: str, **facts: Any) -> None:
         """Append one event; on disk when this returns."""
         entry = {"seq": self._seq + 1, "previous": self._head, "event": event, **facts}
@@ -67,4 +73,9 @@ class Transcript:
             file.flush()
             os.fsync(file.fileno())
         self._seq, self._head = entry["seq"], digest
+        self._count(event, facts)
+
+    def _count(self, event: str, facts: Mapping[str, Any]) -> None:
         self._attempts[facts.get("server_round", 0)] += event == "plan"
+        if event == "statement":
+            self._statements.add(facts["statement"])

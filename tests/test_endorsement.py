@@ -413,11 +413,19 @@ def test_a_run_given_up_gets_no_endorsement(tmp_path: Path) -> None:
         asked(ledger, spelled(whole))
 
 
-def test_the_same_statement_is_not_endorsed_twice_because_the_ledger_went_on(tmp_path: Path) -> None:
+def test_the_same_statement_is_signed_again_and_noted_once_until_the_run_goes_on(tmp_path: Path) -> None:
     ledger = ran(tmp_path)
     payload = spelled(statement(ledger))
-    asked(ledger, payload)
-    with pytest.raises(ProtocolError, match="ledger"):
+    first = asked(ledger, payload)
+    entries = ledger.entries()
+    assert asked(ledger, payload) == first
+    assert ledger.entries() == entries
+    another = json.loads(payload)
+    another["predicate"]["versions"] = {}
+    with pytest.raises(ProtocolError, match="ledger"):  # the ledger went on by its note of the first one
+        asked(ledger, spelled(another))
+    ledger.reserve(run_id="run-1", plan=PLAN, server_round=9)
+    with pytest.raises(ProtocolError, match=r"ledger|steps"):
         asked(ledger, payload)
 
 

@@ -17,11 +17,15 @@ from typer.testing import CliRunner
 
 from fedcollm_audits import evidence as audit_evidence
 from fedcollm_audits.audit import CHECKS
+from fedcollm_privacy.dsse import Envelope
 from fedcollm_privacy.entries import verify_chain
 from fedcollm_privacy.errors import ConfigError, LedgerError
 from fedcollm_privacy.ledger_file import LedgerFile
+from fedcollm_privacy.statement_messages import Endorsement, StatementOffer
 from secure_fedcollm.cli import app
+from secure_fedcollm.folder import RunFolder
 from secure_fedcollm.models import base_digest_of
+from secure_fedcollm.site import Site
 
 from .site_policies import write_policies
 from .test_run import SMALL, write_notes
@@ -135,6 +139,56 @@ def test_a_killed_run_is_resumed_and_ends_with_the_same_files(
 
     with pytest.raises(ConfigError, match="finished"):
         CliRunner().invoke(app, ["run", f"resume={out}"], catch_exceptions=False)
+
+
+class PowerCut(BaseException):
+    """What no handler of ours catches."""
+
+
+def test_a_run_that_is_cut_while_its_statement_is_signed_has_one_statement_in_the_end(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut after one of three sites has noted it, then again just before the summary."""
+    notes = write_notes(tmp_path / "notes.jsonl", 3, 40)
+    out, home = tmp_path / "out", tmp_path / "home"
+    monkeypatch.setenv("FEDCOLLM_HOME", str(home))
+    slm = tiny_checkpoint("llama")
+    write_policies(home, ["s00", "s01", "s02"], notes, base_digest_of(str(slm), "float32"))
+    models = [f"model.slm={slm}", f"model.llm={tiny_checkpoint('llama', width=64)}"]
+    data = [f"data.path={notes}", "data.partition=column", "data.site_field=site"]
+    words = ["run", *data, *models, f"output_dir={out}", *SMALL, "distillation.steps=0", "federation.rounds=1"]
+
+    def cut_at_the_second_site(self: Site, offer: StatementOffer) -> Endorsement:
+        if self.name == "s01":
+            raise PowerCut
+        return endorse(self, offer)
+
+    def cut_at_the_summary(self: RunFolder, name: str, value: Any) -> None:
+        raise PowerCut
+
+    endorse = Site.endorse
+    for cut, again in (
+        ((Site, "endorse", cut_at_the_second_site), words),
+        ((RunFolder, "write_json", cut_at_the_summary), ["run", f"resume={out}"]),
+    ):
+        with monkeypatch.context() as here:
+            here.setattr(*cut)
+            with pytest.raises(PowerCut):
+                CliRunner().invoke(app, again, catch_exceptions=False)
+        assert not (out / "summary.json").exists()
+    noted = {site: [e["kind"] for e in entries_of(home / "ledgers" / f"{site}.sqlite")] for site in ("s00", "s02")}
+    assert all(kinds == ["PLAN", "RESERVE", "SETTLE", "STATEMENT"] for kinds in noted.values())
+    signed = (out / "statement.json").read_bytes()
+
+    resumed = CliRunner().invoke(app, ["run", f"resume={out}"], catch_exceptions=False)
+    assert resumed.exit_code == 0, resumed.output
+    assert (out / "statement.json").read_bytes() == signed
+    assert len(Envelope.from_bytes(signed).signatures) == 4
+    for site in ("s00", "s01", "s02"):
+        kinds = [e["kind"] for e in entries_of(home / "ledgers" / f"{site}.sqlite")]
+        assert kinds == ["PLAN", "RESERVE", "SETTLE", "STATEMENT"]
+    answers = {check.name: check.run(audit_evidence.read(out)) for check in RECORD_CHECKS}
+    assert {name: found.evidence for name, found in answers.items() if found.status != "pass"} == {}
 
 
 def test_resuming_what_is_no_run_says_so(tmp_path: Path) -> None:

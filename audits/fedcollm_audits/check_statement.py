@@ -140,7 +140,8 @@ def _transcript(evidence: Evidence, notes: Notes, envelope: Envelope) -> None:
     if lines[count - 1].get("digest") != said["head"]:
         notes.problem(f"Event {count} of the transcript is not the one that the statement was made after.")
     for event in lines[count:]:
-        if event.get("event") not in ("statement", "tree_heads"):
+        # A run that was cut while its statement was signed begins once more; nothing is trained after that.
+        if event.get("event") not in ("statement", "tree_heads", "start"):
             notes.problem(f"Event {event.get('seq')} ({event.get('event')!r:.40}) came after the statement.")
     named = [event["statement"] for event in lines if event.get("event") == "statement"]
     if named != [envelope.digest]:

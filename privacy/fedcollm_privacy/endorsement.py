@@ -108,6 +108,9 @@ def endorse(
 ) -> Endorsement:
     """Check the statement against the site's own ledger and plan, note it there, sign it.
 
+    A statement that is the run's last entry in the ledger was checked then, and is signed again: the server may have
+    been cut before it kept the signature.
+
     Args:
         offer: what the server would publish.
         key: the site's.
@@ -128,11 +131,16 @@ def endorse(
     private = plan is not None and ledger is not None and plan.randomness == "operating_system"
     if predicate.get("private") is not private:
         raise ProtocolError(f"the statement says private = {predicate.get('private')!r}; at this site it is {private}")
-    if private and plan is not None and ledger is not None:
+    if private and plan is not None and ledger is not None and not _is_noted(ledger, run_id, statement):
         said = _of_site(predicate, key.name)
         _require_own(said, predicate.get("unit"), key.name, run_id, plan, ledger)
         ledger.record_statement(run_id=run_id, statement=statement, epsilon=said["epsilon"], delta=said["delta"])
     return Endorsement(site=key.name, statement=statement, signature=sign_payload(key, offer.payload).signature)
+
+
+def _is_noted(ledger: Ledger, run_id: str, statement: str) -> bool:
+    last = [entry for entry in ledger.entries() if entry["run_id"] == run_id][-1:]
+    return [(entry["kind"], entry.get("statement")) for entry in last] == [("STATEMENT", statement)]
 
 
 def _require_own(said: Mapping[str, Any], unit: object, site: str, run_id: str, plan: DpPlan, ledger: Ledger) -> None:
