@@ -62,7 +62,6 @@ def adapters_of(folder: Path) -> list[tuple[str, str]]:
     return [(event["slm"], event["llm"]) for event in events if event["event"] == "opened"]
 
 
-@pytest.mark.slow  # the same without the engine: test_deployed_run
 def test_two_rounds_over_the_engine_equal_the_run_in_one_process_digest_for_digest(
     federation: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
