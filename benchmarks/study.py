@@ -324,6 +324,20 @@ def reading(study: Study) -> list[str]:
                 for word in dict.fromkeys(seen.values())
             ]
             lines.append(f"{what[0].upper()}{what[1:]} ({one} − {other}), {model.upper()}: {'; '.join(told)}.")
+    lifts = {
+        f"{' '.join(lift)} ({method})": paired(study.find(method, "3", lift), study.find(method, "3"), "slm_gain")
+        for method, lift in LIFTS
+    }
+    singles = {
+        " ".join(change): paired(study.find("fedcollm", "null", change), study.find("fedcollm", "null"), "slm_gain")
+        for change in CHANGES
+    }
+    for where, values in (("at ε = 3", lifts), ("FedCoLLM without DP", singles)):
+        found = {what: shown(value) for what, value in values.items() if value is not None}
+        for word in ("helps", "hurts"):
+            if word in found.values():
+                named = ", ".join(f"`{what}`" for what, seen in found.items() if seen == word)
+                lines.append(f"A single setting that {word} the SLM, {where} ({len(found)} were tried): {named}.")
     for level, aim in AIMS.items():
         shares = {m: kept(study.find(m, level), study.find(m, "null")) for m in FEDERATED}
         told = [f"{m} {text(v, percent=True)}" for m, v in shares.items() if v is not None]
