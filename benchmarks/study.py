@@ -14,15 +14,16 @@ import csv
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
 
+from secure_fedcollm.figures import scatter_files
 from secure_fedcollm.sweep_cells import kept_cells
+from secure_fedcollm.sweep_charts import charts
 from secure_fedcollm.sweep_cli import sweep
 from secure_fedcollm.sweep_results import Estimate, Setting, estimate, rows_of, settings_of
 
@@ -343,7 +344,25 @@ def reading(study: Study) -> list[str]:
         told = [f"{m} {text(v, percent=True)}" for m, v in shares.items() if v is not None]
         if told:
             lines.append(f"Of the gain without DP, {name(level)} keeps (aim: {aim} %): {', '.join(told)}.")
+        together = kept(study.find("fedavg", level, TOGETHER), study.find("fedavg", "null", TOGETHER))
+        if together is not None:
+            lines.append(f"FedAvg with the lifts together keeps {text(together, percent=True)} at {name(level)}.")
     return lines
+
+
+def picture(study: Study, folder: Path, stem: str) -> None:
+    """The methods at the experiment's own settings, gain of the SLM against epsilon, as SVG."""
+    found = [
+        replace(setting, values={"method": method, "privacy.epsilon": level})
+        for method in FEDERATED
+        for level in LEVELS
+        if (setting := study.find(method, level)) is not None
+    ]
+    chart = charts(found, ["slm"], "nats per token")[0]
+    scatter_files(
+        folder, stem, chart.points, chart.series, x_label=chart.x_label, y_label=chart.y_label, x_form=chart.x_form
+    )
+    (folder / f"{stem}.pdf").unlink()
 
 
 def page(study: Study, arguments: argparse.Namespace) -> str:
@@ -404,8 +423,7 @@ def main() -> None:
     else:
         page_name = SUBJECTS[arguments.subject].page
         (DOCS / f"{page_name}.md").write_text(written)
-        for figure in sorted((arguments.work / "figures").glob("*slm*epsilon*.svg"))[:1]:
-            shutil.copy(figure, DOCS / f"{page_name}.svg")
+        picture(Study(settings), DOCS, page_name)
     sys.stdout.write(written)
 
 

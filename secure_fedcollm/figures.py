@@ -53,6 +53,7 @@ _PAPER: dict[Any, Any] = {
     "legend.frameon": False,
 }
 _MARKS = ("o", "s", "^", "D", "v", "P")
+_TWO_COLUMNS = 24  # letters of a legend's entry that fit twice into the width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +241,8 @@ def scatter_files(
                 Line2D([], [], color=LIGHT[kind], marker=_MARKS[kind], linestyle="", markersize=4, label=text)
                 for kind, text in enumerate(series[: len(LIGHT)])
             ]
-            figure.legend(handles=keys, loc="outside upper left", ncols=2, handletextpad=0.1, columnspacing=1)
+            columns = 2 if max(map(len, series)) <= _TWO_COLUMNS else 1  # wider ones would be cut at the edge
+            figure.legend(handles=keys, loc="outside upper left", ncols=columns, handletextpad=0.1, columnspacing=1)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
