@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from soak import KINDS, RESULTS, kind_of
 
-from benchmarks.soak import KINDS, RESULTS, kind_of
 from tests.deployment import SERVER, Deployment
 from tests.tiny_checkpoints import save_tiny
 from tests.tiny_deployment import small_run, write_site_notes

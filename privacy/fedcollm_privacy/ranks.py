@@ -22,8 +22,10 @@ def rank_of(plan: RoundPlan, site: str) -> int | None:
 def exposed_sites(plan: RoundPlan, sites: Iterable[str]) -> tuple[str, ...]:
     """The fewest sites, highest ranks first, without which every component is a sum of at least k sites or of none.
 
-    Of fewer than k sites all are named.
+    Of fewer than k sites all are named. Where all have one rank nobody is: the round's own count is the rule then.
     """
+    if not plan.narrow_sites:
+        return ()
     narrow = dict(zip(plan.narrow_sites, plan.narrow_ranks, strict=True))
     left = {site: narrow.get(site, float("inf")) for site in sites}
     out: list[str] = []
