@@ -1,7 +1,7 @@
-"""Real rounds over the engine with an adapter of 20 million parameters. Writes results/large_adapter.md.
+"""Real rounds over the engine with an adapter of 19 million parameters. Writes results/large_adapter.md.
 
 Server and three sites are processes on loopback. The model has random weights: what is measured is everything around
-it, and nothing here says what it learns. About a quarter of an hour and 8 GB on two cores.
+it, and nothing here says what it learns. Five minutes and 12 GB on two cores.
 """
 
 from __future__ import annotations
