@@ -1,8 +1,9 @@
 """Adapters of a lower rank inside the run's: what a site with less memory trains, and its place in the sum.
 
-Re-basing leaves every module's components in the order of their weight, so the first s of r are the best approximation
-of rank s (Eckart and Young 1936). A site of rank s gets those, trains them, and its update is filled up with zeros; the
-mean of every component is over the sites that have it.
+Re-basing leaves a module's components in the order of their weight, so the first s of r are the best approximation of
+rank s (Eckart and Young 1936); in a module with fewer outputs than r they are in no order, and any s are as good. A
+site of rank s gets the first, trains them, and its update is filled up with zeros; the mean of every component is over
+the sites that have it.
 """
 
 from __future__ import annotations
